@@ -1,0 +1,32 @@
+# make demo    the whole loop on synthetic speech, some minutes on a laptop
+# make test    the tests
+# make lint    format, style and types
+# Each sets up .venv first, from python3 alone, unless that is done.
+
+PYTHON ?= python3
+EXTRAS ?= demo,test
+WORKDIR ?= work/demo
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: demo test lint clean
+
+demo: $(VENV)/installed
+	PATH="$(CURDIR)/$(BIN):$$PATH" launch/local.sh run --config=configs/demo.py --workdir=$(WORKDIR)
+
+test: $(VENV)/installed
+	$(BIN)/python -m pytest -n 2 --ignore=tests/parity
+
+lint: $(VENV)/installed
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf $(VENV) work/demo
+
+$(VENV)/installed: setup.py
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.12 ...")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --editable '.[$(EXTRAS)]'
+	touch $@

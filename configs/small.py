@@ -1,0 +1,159 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A small HuBERT for one GPU and one day: two iterations on the 960 hours of LibriSpeech.
+
+Not a row of the paper. 8 pre-norm layers of width 512, and three departures from base that make a
+short run learn: unmasked frames are predicted too, with a weight that falls to 0; code embeddings
+start from a normal distribution; the extractor gets its whole gradient, with the penalty x 1.
+
+| iteration | labels | K | batch | peak lr | steps |
+|---|---|---|---|---|---|
+| it1 | MFCC | 100 | 700 s | 1e-3 | 100k |
+| it2 | layer 4 of it1 | 500 | 700 s | 1e-3 | 150k |
+| units | layer 6 of it2 | 500 | | | |
+
+    hubert run --config=configs/small.py --workdir=work/small
+
+reads the LibriSpeech archives in data/. Another corpus, of which 5 % of the speakers validate:
+--config.corpus.train=folder:AUDIO --config.corpus.validation=
+
+Expected time, from counting operations, not measured: a step is 12 TFLOP, so at 100 TFLOP/s the
+250k steps take 9 hours; features, clusters and labels come on top.
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config(iteration: str = "it1") -> ConfigDict:
+    config = ConfigDict()
+    config.seed = 0
+    config.iteration = iteration
+    config.iterations = ("it1", "it2", "units")
+
+    config.corpus = dict(
+        train="librispeech:data/train-clean-100.tar.gz,librispeech:data/train-clean-360.tar.gz,"
+        "librispeech:data/train-other-500.tar.gz",
+        validation="librispeech:data/dev-clean.tar.gz,librispeech:data/dev-other.tar.gz",
+        test="",  # audio with phone times, only to be scored
+        validation_share=0.05,  # of the speakers, where validation is empty
+        exclude="",  # ids with this regular expression in them are left out
+        speaker_pattern="",  # the first group in an id; empty: the folder
+        min_seconds=0.5,
+        max_seconds=30.0,  # longer recordings are cut where they are quiet
+        max_rejected=0.01,  # share of files that may be unusable
+        num_workers=8,
+        num_shards=64,
+        synth=dict(),
+    )
+
+    config.features = dict(
+        kind="mfcc",
+        checkpoint="",
+        layer=0,
+        sample_share=0.1,  # of the training utterances, for k-means
+        dtype="float32",
+        batch_seconds=1200.0,
+        num_shards=64,
+        dump=False,
+    )
+
+    config.kmeans = dict(
+        num_codes=100,
+        seed_rows=200_000,
+        num_restarts=20,
+        seed_passes=3,
+        batch_rows=10_000,
+        max_passes=100,
+        patience=100,
+        lloyd_passes=10,
+        lloyd_tolerance=1e-4,
+    )
+
+    config.labels = dict(num_shards=64)
+
+    config.model = dict(
+        conv_width=384,
+        conv_norm="group",
+        conv_bias=False,
+        width=512,
+        ffn_width=2048,
+        num_heads=8,
+        num_layers=8,
+        pre_norm=True,
+        position_kernel=128,
+        position_groups=16,
+        input_dropout=0.1,
+        dropout=0.1,
+        attention_dropout=0.1,
+        activation_dropout=0.0,
+        layer_drop=0.05,
+        gradient_scale=1.0,
+        mask_prob=0.8,
+        mask_length=10,
+        normalize_audio=False,
+        compute_dtype="auto",
+        unroll="auto",
+        remat="none",
+    )
+
+    config.head = dict(
+        code_width=256,
+        temperature=0.1,
+        untied=False,
+        code_init="normal",
+    )
+
+    config.loss = dict(
+        penalty=1.0,
+        unmasked_weight_start=1.0,
+        unmasked_weight_end=0.0,
+    )
+
+    config.batch = dict(
+        seconds=700.0,
+        min_seconds=2.0,
+        max_seconds=15.625,
+        num_rungs=8,
+        rungs=(),  # fitted to the corpus
+        row_multiple=8,
+        num_workers=8,
+        num_threads=8,
+        read_ahead=8,
+    )
+
+    config.optim = dict(
+        peak_lr=1e-3,
+        warmup_steps=8_000,
+        beta1=0.9,
+        beta2=0.98,
+        eps=1e-6,
+        weight_decay=0.01,
+        clip_norm=10.0,
+    )
+
+    config.mesh = dict(data=-1, fsdp=1, tensor=1)
+
+    config.train = dict(
+        num_steps=100_000,
+        labels=(iteration,),
+        accumulate=1,
+        report_every=100,
+        validate_every=2_500,
+    )
+
+    config.checkpoints = dict(
+        every=2_500,
+        keep_last=2,
+        keep_every=50_000,
+    )
+
+    if iteration == "it2":
+        config.features.update(kind="layer", checkpoint="it1", layer=4, dtype="float16")
+        config.kmeans.num_codes = 500
+        config.train.num_steps = 150_000
+        config.optim.warmup_steps = 12_000
+    if iteration == "units":
+        config.features.update(kind="layer", checkpoint="it2", layer=6, dtype="float16")
+        config.kmeans.num_codes = 500
+        config.train.num_steps = 0
+
+    return config

@@ -1,0 +1,130 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Checkpoints on disk, by Orbax: <folder>/<step>/{params, optimizer, card}.
+
+Items are flat dictionaries from dotted names to arrays (weights.py), so that any Orbax can restore
+them without this package; the card says which model they belong to.
+"""
+
+import dataclasses
+
+import jax
+import orbax.checkpoint as ocp
+from etils import epath
+
+from hubert_jax import weights
+from hubert_jax.heads import HeadConfig, Hubert, abstract
+from hubert_jax.model import Encoder, HubertConfig
+from hubert_jax.train import State
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointConfig:
+    every: int  # steps between checkpoints
+    keep_last: int  # how many of the newest stay
+    keep_every: int  # checkpoints of steps divisible by this stay for ever; 0: none
+
+
+class Checkpoints:
+    """The checkpoints of one run: saved asynchronously, restored onto any mesh."""
+
+    def __init__(self, folder, config: CheckpointConfig):
+        self.folder = epath.Path(folder)
+        self.config = config
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=config.keep_last,
+            keep_period=config.keep_every or None,
+            enable_async_checkpointing=True,
+        )
+        self._manager = ocp.CheckpointManager(self.folder.resolve(), options=options)
+
+    @property
+    def latest_step(self) -> int | None:
+        return self._manager.latest_step()
+
+    def save(self, state: State, card: dict) -> None:
+        """Starts writing `state` under its step; returns as soon as the arrays are copied."""
+        step = int(state.step)
+        if step in self._manager.all_steps():
+            return
+        items = ocp.args.Composite(
+            params=ocp.args.StandardSave(weights.to_named(state.model)),
+            optimizer=ocp.args.StandardSave(weights.to_named(state.opt_state)),
+            card=ocp.args.JsonSave(card | {"step": step}),
+        )
+        self._manager.save(step, args=items)
+
+    def restore(self, state: State) -> State:
+        """The newest checkpoint, laid out as the arrays of `state` are.
+
+        Raises ValueError when the checkpoint is of another shape.
+        """
+        step = self.latest_step
+        card = read_card(self.folder / str(step))
+        model = _restore(self._manager, step, "params", state.model, card)
+        opt_state = _restore(self._manager, step, "optimizer", state.opt_state, card)
+        step_array = jax.device_put(jax.numpy.asarray(step, state.step.dtype), state.step.sharding)
+        return State(step_array, model, opt_state)
+
+    def close(self) -> None:
+        """Waits until everything is on disk."""
+        self._manager.wait_until_finished()
+        self._manager.close()
+
+
+def _restore(manager, step: int, item: str, like, card: dict):
+    stored = manager.item_metadata(step)[item]
+    stored = {name: array for name, array in dict(stored).items()}
+    template = weights.from_named(like, stored)  # the same names and shapes, or an error
+    del template
+    target = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding),
+        weights.to_named(like),
+    )
+    args = ocp.args.Composite(**{item: ocp.args.StandardRestore(target)})
+    return weights.from_named(like, manager.restore(step, args=args)[item])
+
+
+def resolve(path) -> epath.Path:
+    """The step folder that `path` means: itself, or the newest in a folder of checkpoints.
+
+    Raises FileNotFoundError when there is none.
+    """
+    path = epath.Path(path)
+    if (path / "params").exists():
+        return path.resolve()
+    steps = [p for p in path.iterdir() if p.name.isdigit()] if path.is_dir() else []
+    if not steps:
+        raise FileNotFoundError(
+            f"{path}: no checkpoint here; give a folder such as WORK/it1/checkpoints or one step"
+            " in it, or run hubert pretrain first"
+        )
+    return max(steps, key=lambda step: int(step.name)).resolve()
+
+
+def read_card(path) -> dict:
+    """The card of a checkpoint: its configs, codes and labels, and the step."""
+    with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as checkpointer:
+        return checkpointer.restore(resolve(path) / "card")
+
+
+def load_model(path) -> tuple[Hubert, dict]:
+    """A pretrained model on the default device, with its card. `path` as in `resolve`."""
+    path = resolve(path)
+    card = read_card(path)
+    model = abstract(
+        HubertConfig(**card["model"]), HeadConfig(**card["head"]), tuple(card["num_codes"])
+    )
+    sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    target = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+        weights.to_named(model),
+    )
+    with ocp.StandardCheckpointer() as checkpointer:
+        params = checkpointer.restore(path / "params", target)
+    return weights.from_named(model, params), card
+
+
+def load_encoder(path) -> tuple[Encoder, dict]:
+    """The encoder of a pretrained model, with its card. `path` as in `resolve`."""
+    model, card = load_model(path)
+    return model.encoder, card

@@ -1,0 +1,149 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Audio files to pieces of 16 kHz mono, and pieces to FLAC and back.
+
+A recording is decoded and resampled in blocks and cut as it streams by, so that memory does not
+grow with its length: an audiobook needs no more of it than a sentence.
+
+Dimensions: S samples (16 kHz), I samples of the file, C channels.
+"""
+
+import io
+from collections.abc import Iterable, Iterator
+from typing import BinaryIO
+
+import numpy as np
+import soundfile
+import soxr
+
+from hubert_jax.ops import frames
+
+# What libsndfile decodes; .sph and TIMIT's .wav are NIST SPHERE.
+SUFFIXES = frozenset(".wav .flac .ogg .oga .opus .mp3 .aif .aiff .au .caf .sph .w64".split())
+
+BLOCK_SECONDS = 60
+QUIET_WINDOW = frames.SAMPLE_RATE // 5  # 0.2 s: a pause between words, not a stop's closure
+QUIET_STEP = frames.SAMPLE_RATE // 100
+MAX_FLAC_OVERHEAD = 2**14  # bytes; libFLAC itself leaves 8 KiB of padding
+UNKNOWN_LENGTH = 2**62  # libsndfile's answer for a stream of unknown length is near 2**63
+
+
+class Rejected(Exception):
+    """Why a recording does not go into the corpus, in words for rejected.tsv."""
+
+
+def open_file(file: BinaryIO) -> soundfile.SoundFile:
+    try:
+        return soundfile.SoundFile(file)
+    except (soundfile.SoundFileError, OSError) as error:
+        raise Rejected(f"unreadable: {_reason(error)}") from error
+
+
+def pieces(sound: soundfile.SoundFile, max_samples: int) -> Iterator[tuple[int, np.ndarray]]:
+    """Cuts a recording into (first sample, int16 S) of at most `max_samples` each, at 16 kHz."""
+    return cut(map(to_int16, blocks(sound)), max_samples)
+
+
+def blocks(sound: soundfile.SoundFile) -> Iterator[np.ndarray]:
+    """Decodes to float32 S blocks at 16 kHz, channels averaged. Raises Rejected.
+
+    soxr's "HQ", which is librosa's default, does the resampling.
+    """
+    resampler = None
+    if sound.samplerate != frames.SAMPLE_RATE:
+        resampler = soxr.ResampleStream(
+            sound.samplerate, frames.SAMPLE_RATE, num_channels=1, dtype="float32", quality="HQ"
+        )
+    num_read, is_last = 0, False
+    while not is_last:
+        try:
+            block_IC = sound.read(BLOCK_SECONDS * sound.samplerate, dtype="float32", always_2d=True)
+        except (soundfile.SoundFileError, OSError) as error:
+            seconds = num_read // sound.samplerate
+            raise Rejected(f"unreadable: after {seconds} s or later, {_reason(error)}") from error
+        is_last = len(block_IC) < BLOCK_SECONDS * sound.samplerate
+        num_read += len(block_IC)
+        block_S = block_IC[:, 0] if sound.channels == 1 else block_IC.mean(axis=1)
+        if not np.isfinite(block_S).all():
+            raise Rejected("samples that are not numbers")
+        if resampler is not None:
+            block_S = resampler.resample_chunk(block_S, last=is_last)
+        yield block_S
+    if sound.format == "FLAC" and num_read != sound.frames < UNKNOWN_LENGTH:
+        raise Rejected(f"ends early: {num_read} of {sound.frames} samples")
+
+
+def cut(blocks: Iterable[np.ndarray], max_samples: int) -> Iterator[tuple[int, np.ndarray]]:
+    """Joins int16 blocks and cuts where it is quiet: (first sample, S) of <= `max_samples` each.
+
+    No piece of a recording that is cut is shorter than a third of `max_samples`. Where the blocks
+    end has no influence on where the cuts are.
+    """
+    start, held, num_held = 0, [np.zeros(0, np.int16)], 0
+    for block_S in blocks:
+        held.append(block_S)
+        num_held += len(block_S)
+        if num_held < 2 * max_samples:
+            continue
+        rest_S = np.concatenate(held)
+        while len(rest_S) >= 2 * max_samples:
+            stop = quietest(rest_S, max_samples // 2, max_samples)
+            yield start, rest_S[:stop]
+            start, rest_S = start + stop, rest_S[stop:]
+        held, num_held = [rest_S], len(rest_S)
+    rest_S = np.concatenate(held)
+    if len(rest_S) > max_samples:  # and less than twice that: both parts fit
+        low = max(len(rest_S) - max_samples, -(-len(rest_S) // 3))
+        stop = quietest(rest_S, low, len(rest_S) - low)
+        yield start, rest_S[:stop]
+        start, rest_S = start + stop, rest_S[stop:]
+    yield start, rest_S
+
+
+def quietest(audio_S: np.ndarray, low: int, high: int) -> int:
+    """The sample in [low, high] around which int16 `audio_S` has least energy; the last of equals.
+
+    "Around" is QUIET_WINDOW; there must be half of it on both sides of low and high.
+    """
+    half = QUIET_WINDOW // 2
+    around = audio_S[low - half : high + half].astype(np.int64)
+    energy_before = np.concatenate([[0], np.cumsum(around**2)])
+    starts = np.arange(0, high - low + 1, QUIET_STEP)
+    energies = energy_before[starts + QUIET_WINDOW] - energy_before[starts]
+    return low + int(starts[len(starts) - 1 - np.argmin(energies[::-1])])
+
+
+def is_stored_form(sound: soundfile.SoundFile, num_bytes: int) -> bool:
+    """Whether the file's own bytes can be stored: FLAC, 16 kHz, 16 bits, mono, length known.
+
+    A file that carries much besides (a cover, say) is encoded again.
+    """
+    form = (sound.format, sound.subtype, sound.samplerate, sound.channels)
+    known = 0 < sound.frames < UNKNOWN_LENGTH
+    small = num_bytes < 2 * sound.frames + MAX_FLAC_OVERHEAD
+    return known and small and form == ("FLAC", "PCM_16", frames.SAMPLE_RATE, 1)
+
+
+def to_int16(audio_S: np.ndarray) -> np.ndarray:
+    """16-bit samples of float [-1, 1]; what came from 16 bits comes back exactly."""
+    return np.clip(np.rint(audio_S * 32768.0), -32768, 32767).astype(np.int16)
+
+
+def encode(audio_S: np.ndarray) -> bytes:
+    """FLAC of int16 samples at 16 kHz."""
+    file = io.BytesIO()
+    soundfile.write(file, audio_S, frames.SAMPLE_RATE, format="FLAC", subtype="PCM_16")
+    return file.getvalue()
+
+
+def decode(flac: bytes, start: int = 0, stop: int | None = None) -> np.ndarray:
+    """Samples [start, stop) of FLAC bytes as float32 in [-1, 1]; only these are decoded."""
+    with soundfile.SoundFile(io.BytesIO(flac)) as sound:
+        if start:
+            sound.seek(start)
+        return sound.read(-1 if stop is None else stop - start, dtype="float32")
+
+
+def _reason(error: Exception) -> str:
+    """The error on one line, without the file's name that soundfile puts before it."""
+    text = error.error_string if isinstance(error, soundfile.LibsndfileError) else str(error)
+    return " ".join(text.split())

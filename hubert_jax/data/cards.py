@@ -1,0 +1,178 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Cards: the JSON file beside every artefact that says what made it, and whole-or-nothing writing.
+
+    {"kind": "features" | "codebook" | "labels" | "corpus" | "checkpoint",
+     "made_from": everything that determines the content: config sections, digests of the inputs,
+     "versions": of hubert_jax, jax and numpy,
+     ... results: counts, scores}
+
+A stage reads the cards of its inputs and refuses what does not fit; it reads the card of its own
+output to know whether the work is done.
+"""
+
+import contextlib
+import errno
+import hashlib
+import importlib.metadata
+import json
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+from etils import epath
+
+Card = dict[str, Any]
+
+
+def new(kind: str, *, made_from: Card, **results: Any) -> Card:
+    """A card of `kind`; `made_from` decides whether a later run may reuse the artefact."""
+    return {"kind": kind, "made_from": made_from, "versions": versions(), **results}
+
+
+def write(path: epath.PathLike, card: Card) -> None:
+    """Writes the card, keys sorted, whole or not at all."""
+    with whole(path) as unfinished:
+        unfinished.write_text(_as_json(card))
+
+
+def read(path: epath.PathLike) -> Card:
+    path = epath.Path(path)
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError as error:
+        raise FileNotFoundError(
+            f"{path}: no card; the stage that makes {path.parent} has not run, or did not finish"
+        ) from error
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}: not a card ({error}); remove {path.parent}") from error
+
+
+def is_made(path: epath.PathLike, wanted: Card) -> bool:
+    """Whether the artefact of the card at `path` exists and was made from `wanted`.
+
+    No card: False, the work is to be done. A card made from something else: ValueError naming the
+    first field that differs, because overwriting would lose what somebody made.
+    """
+    path = epath.Path(path)
+    if not path.exists():
+        return False
+    difference = _first_difference(read(path).get("made_from", {}), normal(wanted))
+    if difference is None:
+        return True
+    field, found, expected = difference
+    raise ValueError(
+        f"{path}: made_from.{field} is {found!r}, this run has {expected!r}; "
+        f"remove {_artefact(path)} or choose another --workdir"
+    )
+
+
+def require(path: epath.PathLike, card: Card, **expected: Any) -> None:
+    """Refuses an input whose card does not say what this stage expects.
+
+    Fields are keywords; one inside another is written with two underscores: `made_from__rate=50`.
+    """
+    for name, want in expected.items():
+        field = name.replace("__", ".")
+        found: Any = card
+        for part in field.split("."):
+            found = found.get(part, _ABSENT) if isinstance(found, dict) else _ABSENT
+        difference = _first_difference(normal(found), normal(want))
+        if difference is None:
+            continue
+        inner, found, want = difference
+        field = f"{field}.{inner}" if inner else field
+        raise ValueError(
+            f"{path}: {field} is {found!r}, expected {want!r}; remove {_artefact(path)} "
+            f"and run its stage again, or choose another --workdir"
+        )
+
+
+@contextlib.contextmanager
+def whole(path: epath.PathLike) -> Iterator[epath.Path]:
+    """Yields a temporary sibling to write (a file or a folder), renamed to `path` at the end.
+
+    On any error the sibling is removed and `path` is as it was: a reader never sees half a file.
+    """
+    path = epath.Path(path)
+    unfinished = path.parent / f".unfinished-{path.name}"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _remove(unfinished)  # left by a killed run
+    try:
+        yield unfinished
+        unfinished.replace(path)
+    except OSError as error:
+        _remove(unfinished)
+        if error.errno == errno.ENOSPC:
+            raise OSError(
+                errno.ENOSPC,
+                f"no space left writing {path}; free some and run the same command again: "
+                "everything finished so far is kept",
+            ) from error
+        raise
+    except BaseException:
+        _remove(unfinished)
+        raise
+
+
+def digest(path: epath.PathLike) -> str:
+    """SHA-256 of a file's bytes, as "sha256:..."."""
+    with epath.Path(path).open("rb") as file:
+        return f"sha256:{hashlib.file_digest(file, 'sha256').hexdigest()}"
+
+
+def versions() -> dict[str, str]:
+    found = {}
+    for package in ("hubert_jax", "jax", "numpy"):
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:  # run from a checkout
+            found[package] = "not installed"
+    return found
+
+
+def normal(value: Any) -> Any:
+    """The value as it comes back from a JSON file: tuples as lists, numpy scalars as numbers."""
+    return json.loads(_as_json(value))
+
+
+_ABSENT = "(absent)"
+
+
+def _first_difference(found: Any, want: Any) -> tuple[str, Any, Any] | None:
+    """(dotted field, found, wanted) of the first difference, "" where the values themselves."""
+    if isinstance(found, dict) and isinstance(want, dict):
+        for key in sorted(found.keys() | want.keys()):
+            inner = _first_difference(found.get(key, _ABSENT), want.get(key, _ABSENT))
+            if inner is not None:
+                name = f"{key}.{inner[0]}" if inner[0] else key
+                return name, inner[1], inner[2]
+        return None
+    return None if found == want else ("", found, want)
+
+
+def _artefact(path: epath.PathLike) -> epath.Path:
+    """What a card describes: its folder for card.json, the files of its name for NAME.json."""
+    path = epath.Path(path)
+    return path.parent if path.name == "card.json" else path.with_suffix(".*")
+
+
+def _as_json(value: Any) -> str:
+    return json.dumps(value, indent=2, sort_keys=True, default=_plain) + "\n"
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, np.generic):
+        return value.item()
+    if isinstance(value, np.ndarray):
+        return value.tolist()
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    raise TypeError(f"a card cannot hold {type(value).__name__}: {value!r}")
+
+
+def _remove(path: epath.Path) -> None:
+    if path.is_dir():
+        path.rmtree()
+    else:
+        path.unlink(missing_ok=True)

@@ -1,0 +1,169 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a run says: lines and progress bars for people, metrics.jsonl and TensorBoard for plots.
+
+Bars are drawn on a terminal; where there is none (a log file, a cluster), a line every ten seconds
+says the same.
+"""
+
+import json
+import pathlib
+import sys
+import time
+import types
+from collections.abc import Mapping
+from typing import Self
+
+import tqdm
+
+SECONDS_BETWEEN_LINES = 10.0
+
+
+def info(message: str) -> None:
+    """Prints `message` on stdout, above any bar; without a terminal, after the time of day."""
+    if not sys.stdout.isatty():
+        message = f"{time.strftime('%H:%M:%S')} {message}"
+    tqdm.tqdm.write(message, file=sys.stdout)
+    sys.stdout.flush()
+
+
+class Progress:
+    """How far a long loop is, how fast it goes and how long it still takes.
+
+        with logs.Progress("label train", total=3600.0, unit="s of audio") as progress:
+            for seconds in work:
+                progress.advance(seconds)
+
+    `total` is in `unit`; None where it is not known. `done` was there before (a run that goes on):
+    it counts as progress and not in the rate. `note` is shown until the next one.
+    """
+
+    def __init__(
+        self, title: str, total: float | None, unit: str = "s of audio", *, done: float = 0.0
+    ):
+        self.title, self.total, self.unit = title, total, unit
+        self.count = self._count_before = done
+        self._note = ""
+        self._bar: tqdm.tqdm | None = None
+
+    def __enter__(self) -> Self:
+        self._start = self._last_line = time.monotonic()
+        if sys.stderr.isatty():
+            share = "" if self.total is None else "{percentage:3.0f}%|{bar}| "
+            total = "" if self.total is None else "/{total:.0f}"
+            left = "" if self.total is None else "<{remaining}"
+            self._bar = tqdm.tqdm(
+                desc=self.title,
+                total=self.total,
+                initial=self.count,
+                unit=f" {self.unit}",
+                file=sys.stderr,
+                dynamic_ncols=True,
+                bar_format="{desc}: "
+                + share
+                + "{n:.0f}"
+                + total
+                + "{unit} [{elapsed}"
+                + left
+                + ", {rate_noinv_fmt}]{postfix}",
+            )
+        return self
+
+    def advance(self, amount: float, *, note: str | None = None) -> None:
+        """Counts `amount` more units as done."""
+        self.count += amount
+        if note is not None:
+            self._note = note
+        if self._bar is not None:
+            if note is not None:
+                self._bar.set_postfix_str(note, refresh=False)
+            self._bar.update(amount)
+        elif time.monotonic() - self._last_line >= SECONDS_BETWEEN_LINES:
+            self._last_line = time.monotonic()
+            info(self._line())
+
+    def __exit__(
+        self,
+        error_type: type[BaseException] | None,
+        error: BaseException | None,
+        trace: types.TracebackType | None,
+    ) -> None:
+        if self._bar is not None:
+            self._bar.close()
+        elif error_type is None:
+            info(self._line())
+
+    def _line(self) -> str:
+        elapsed = time.monotonic() - self._start
+        rate = (self.count - self._count_before) / max(elapsed, 1e-9)
+        parts = [f"{self.title}: {self.count:.0f}"]
+        if self.total is not None:
+            share = 100 * self.count / self.total if self.total else 100.0
+            parts[0] += f" of {self.total:.0f} {self.unit} ({share:.0f} %)"
+        else:
+            parts[0] += f" {self.unit}"
+        parts += [f"{rate:.4g} {self.unit}/s", f"{clock(elapsed)} gone"]
+        if self.total is not None and self.count < self.total and rate > 0:
+            parts.append(f"{clock((self.total - self.count) / rate)} left")
+        if self._note:
+            parts.append(self._note)
+        return ", ".join(parts)
+
+
+def clock(seconds: float) -> str:
+    """Seconds as people read them: '0:07', '3:05', '2:03:05'."""
+    minutes, whole_seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours}:{minutes:02d}:{whole_seconds:02d}"
+    return f"{minutes}:{whole_seconds:02d}"
+
+
+class Metrics:
+    """The numbers of a training run: one line of metrics.jsonl per write, and TensorBoard events.
+
+    A run that goes on from a checkpoint repeats the steps after it, so lines of steps beyond
+    `resume_from` (0 for a new run) are dropped here and hidden in TensorBoard.
+    """
+
+    def __init__(self, folder, *, resume_from: int):
+        self.path = pathlib.Path(folder) / "metrics.jsonl"
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        if self.path.exists():
+            _drop_lines_after(self.path, resume_from)
+        self._lines = self.path.open("a", encoding="utf-8")
+        import tensorboardX  # here, because it loads torch where there is one: a second for nothing
+
+        self._events = tensorboardX.SummaryWriter(
+            str(self.path.parent), purge_step=resume_from + 1, flush_secs=30
+        )
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        """Records `values` after `step` steps. Names with a slash group the plots: 'train/loss'."""
+        floats = {name: float(value) for name, value in values.items()}
+        self._lines.write(json.dumps({"step": int(step), **floats}) + "\n")
+        self._lines.flush()
+        for name, value in floats.items():
+            self._events.add_scalar(name, value, global_step=int(step))
+
+    def close(self) -> None:
+        self._lines.close()
+        self._events.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error) -> None:
+        self.close()
+
+
+def read_metrics(path) -> list[dict[str, float]]:
+    """The lines of a metrics.jsonl, without a last one that a kill has cut short."""
+    lines = pathlib.Path(path).read_text(encoding="utf-8").splitlines(keepends=True)
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def _drop_lines_after(path: pathlib.Path, step: int) -> None:
+    kept = [line for line in read_metrics(path) if line["step"] <= step]
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+    temporary.replace(path)

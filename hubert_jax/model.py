@@ -1,0 +1,483 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The HuBERT encoder: seven convolutions, a position convolution and a transformer.
+
+Read from the top: `Encoder` says in which order things happen, its parts follow. Modules are Flax
+NNX modules in tree form, that is, plain pytrees of parameters: jax.grad, jax.vmap and optax take
+them as they are. Source: Hsu et al., 2021 (arXiv 2106.07447) and fairseq's HubertModel; every
+comment "reference" means the latter.
+
+B batch, S samples, T frames, C conv channels, D width, F feed-forward, H heads, K head width,
+L layers, G groups, P taps of the position convolution
+"""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from hubert_jax.ops import frames
+from hubert_jax.sharding import constrain
+
+NORM_EPS = 1e-5  # of every norm in the model; Flax's own default is 1e-6
+
+
+@dataclasses.dataclass(frozen=True)
+class HubertConfig:
+    """Everything that decides what an encoder computes; the defaults live in configs/."""
+
+    conv_width: int
+    conv_norm: str  # "group": GroupNorm after the first convolution; "layer": LayerNorm after all
+    conv_bias: bool
+    width: int
+    ffn_width: int
+    num_heads: int
+    num_layers: int
+    pre_norm: bool
+    position_kernel: int
+    position_groups: int
+    input_dropout: float  # after the projection
+    dropout: float  # before the layers, and at the end of each residual branch
+    attention_dropout: float
+    activation_dropout: float
+    layer_drop: float
+    gradient_scale: float  # of what flows back into the convolutions
+    mask_prob: float
+    mask_length: int  # frames
+    normalize_audio: bool  # whole utterances come with zero mean and unit variance
+    compute_dtype: str  # "auto": bfloat16 on accelerators, float32 on CPU
+    unroll: str  # layers in a loop ("yes") or scanned ("no"); "auto": a loop on CPU
+    remat: str  # "none", "layer" (keep layer inputs only) or "dots" (keep matmul results)
+
+    def __post_init__(self):
+        if self.width % self.num_heads or self.width % self.position_groups:
+            raise ValueError(
+                f"model.width {self.width} must be a multiple of num_heads {self.num_heads} and of"
+                f" position_groups {self.position_groups}"
+            )
+        _choice("conv_norm", self.conv_norm, ("group", "layer"))
+        _choice("compute_dtype", self.compute_dtype, ("auto", "float32", "bfloat16"))
+        _choice("unroll", self.unroll, ("auto", "yes", "no"))
+        _choice("remat", self.remat, ("none", "layer", "dots"))
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        if self.compute_dtype == "auto":
+            return jnp.dtype("float32" if jax.default_backend() == "cpu" else "bfloat16")
+        return jnp.dtype(self.compute_dtype)
+
+    @property
+    def loops(self) -> bool:
+        """Whether layers run in a Python loop: XLA on CPU makes a scan's backward pass slow."""
+        return jax.default_backend() == "cpu" if self.unroll == "auto" else self.unroll == "yes"
+
+
+def _choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"model.{name} is {value!r}, but must be one of {', '.join(choices)}")
+
+
+class Encoder(nnx.Module):
+    """Waveform in, frames of any layer out."""
+
+    def __init__(self, config: HubertConfig, *, key):
+        keys = jax.random.split(key, 5)
+        width = config.width
+        self.config = config
+        self.extractor = Extractor(config, key=keys[0])
+        self.projection_norm = LayerNorm(config.conv_width, axis="conv_in")
+        self.projection = Linear(
+            config.conv_width, width, key=keys[1], init=torch_uniform, axes=("conv_in", "width")
+        )
+        self.mask_embedding_D = nnx.Param(jax.random.uniform(keys[2], (width,)), axes=("width",))
+        self.position = PositionConv(config, key=keys[3])
+        self.norm = LayerNorm(width)  # before the layers in post-norm, after them in pre-norm
+        self.layers = jax.vmap(lambda key: Block(config, key=key))(
+            jax.random.split(keys[4], config.num_layers)
+        )
+
+    def extract(self, wave_BS, *, num_samples_B=None, padding: str = "exact"):
+        """Output of the convolutions, before any projection: (B, T, C)."""
+        wave_BS = wave_BS.astype(self.config.dtype)
+        return self.extractor(wave_BS, num_samples_B=num_samples_B, padding=padding)
+
+    def contextualize(self, conv_BTC, *, mask_BT=None, valid_BT=None, num_layers=None, key=None):
+        """From the convolutions' output to the output of the layers: (B, T, D).
+
+        `mask_BT` are frames hidden behind the mask embedding, `valid_BT` frames that are not
+        padding (None: all), `key` switches dropout and layer drop on. With `num_layers` given,
+        that many layers run and a pre-norm model's last norm is left out.
+        """
+        config = self.config
+        keys = iter([None] * 3 if key is None else jax.random.split(key, 3))
+        x_BTD = self.projection(self.projection_norm(conv_BTC))
+        x_BTD = dropout(x_BTD, config.input_dropout, next(keys))
+        if mask_BT is not None:
+            mask_embedding_D = self.mask_embedding_D[...].astype(x_BTD.dtype)
+            x_BTD = jnp.where(mask_BT[..., None], mask_embedding_D, x_BTD)
+        if valid_BT is not None:
+            x_BTD = jnp.where(valid_BT[..., None], x_BTD, 0)
+        x_BTD = x_BTD + self.position(x_BTD)
+        if not config.pre_norm:
+            x_BTD = self.norm(x_BTD)
+        x_BTD = dropout(x_BTD, config.dropout, next(keys))
+        x_BTD = constrain(x_BTD, "batch", "frames", "residual")
+        x_BTD = self._run_layers(x_BTD, valid_BT, num_layers, next(keys))
+        if config.pre_norm and num_layers is None:
+            x_BTD = self.norm(x_BTD)
+        return x_BTD
+
+    def features(self, wave_BS, *, layer: int, num_samples_B=None, padding: str = "exact"):
+        """Output of layer `layer`, float32 (B, T, D): only the first `layer` layers are computed.
+
+        Layer 0 is the input of the first block; no layer has a pre-norm model's last norm.
+        `num_samples_B` gives the length of each padded row. Padding "exact": the frames of an
+        utterance do not depend on the batch it is in; "reference": what fairseq computes, whose
+        group norm sees the padding.
+        """
+        if not 0 <= layer <= self.config.num_layers:
+            raise ValueError(f"layer {layer}: this model has layers 0 to {self.config.num_layers}")
+        conv_BTC = self.extract(wave_BS, num_samples_B=num_samples_B, padding=padding)
+        valid_BT = None
+        if num_samples_B is not None:
+            valid_BT = valid_frames(wave_BS.shape[1], num_samples_B, padding=padding)
+        x_BTD = self.contextualize(conv_BTC, valid_BT=valid_BT, num_layers=layer)
+        return x_BTD.astype(jnp.float32)
+
+    def _run_layers(self, x_BTD, valid_BT, num_layers, key):
+        config = self.config
+        num_layers = config.num_layers if num_layers is None else num_layers
+        if num_layers == 0:
+            return x_BTD
+        layers = jax.tree.map(lambda param_L: param_L[:num_layers], self.layers)
+        keys_L = None if key is None else jax.random.split(key, num_layers)
+
+        def run(x_BTD, layer_and_key):
+            layer, key = layer_and_key
+            if key is None or config.layer_drop == 0:
+                return layer(x_BTD, valid_BT, key=key), None
+            drop_key, key = jax.random.split(key)
+            kept = jax.random.bernoulli(drop_key, 1 - config.layer_drop)
+            return jax.lax.cond(kept, lambda x: layer(x, valid_BT, key=key), lambda x: x, x_BTD), None
+
+        if config.remat != "none":
+            dots = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+            run = jax.checkpoint(run, policy=dots if config.remat == "dots" else None)
+        if not config.loops:
+            return jax.lax.scan(run, x_BTD, (layers, keys_L))[0]
+        for layer_and_key in _unstack((layers, keys_L), num_layers):
+            x_BTD, _ = run(x_BTD, layer_and_key)
+        return x_BTD
+
+
+def valid_frames(num_padded_samples: int, num_samples_B, *, padding: str):
+    """Which frames of padded rows are real: valid_BT. Raises ValueError on an unknown padding."""
+    num_frames = frames.num_frames(num_padded_samples)
+    if padding == "exact":
+        valid_frames_B = frames.num_frames(num_samples_B)
+    elif padding == "reference":  # a frame is real if its share of the samples touches real ones
+        valid_frames_B = -(-num_samples_B // (num_padded_samples // num_frames))
+    else:
+        raise ValueError(f"padding is {padding!r}, but must be 'exact' or 'reference'")
+    return jnp.arange(num_frames) < valid_frames_B[:, None]
+
+
+class Extractor(nnx.Module):
+    """Seven strided convolutions, 400 samples to a frame every 320, then scaled gradients."""
+
+    def __init__(self, config: HubertConfig, *, key):
+        keys = jax.random.split(key, len(frames.CONV_LAYERS))
+        widths = [1] + [config.conv_width] * len(frames.CONV_LAYERS)
+        self.config = config
+        self.convs = nnx.List(
+            [
+                Conv(width_in, width_out, kernel, stride, bias=config.conv_bias, key=key)
+                for (kernel, stride), width_in, width_out, key in zip(
+                    frames.CONV_LAYERS, widths[:-1], widths[1:], keys, strict=True
+                )
+            ]
+        )
+        num_norms = 1 if config.conv_norm == "group" else len(frames.CONV_LAYERS)
+        norm = GroupNorm if config.conv_norm == "group" else LayerNorm
+        self.norms = nnx.List([norm(config.conv_width, axis="conv_out") for _ in range(num_norms)])
+
+    def __call__(self, wave_BS, *, num_samples_B, padding):
+        x_BTC = wave_BS[..., None]
+        for i, conv in enumerate(self.convs):
+            x_BTC = conv(x_BTC)
+            if self.config.conv_norm == "layer":
+                x_BTC = self.norms[i](x_BTC)
+            elif i == 0:
+                exact = padding == "exact" and num_samples_B is not None
+                lengths_B = frames.conv_lengths(num_samples_B)[0] if exact else None
+                x_BTC = self.norms[0](x_BTC, lengths_B)
+            x_BTC = gelu(x_BTC)
+        x_BTC = scale_gradient(x_BTC, self.config.gradient_scale)
+        return constrain(x_BTC, "batch", "frames", "residual")
+
+
+class Conv(nnx.Module):
+    """One strided convolution over time, no padding; Kaiming-normal (fan_in, gain sqrt 2)."""
+
+    def __init__(self, width_in, width_out, kernel, stride, *, bias, key):
+        std = math.sqrt(2 / (kernel * width_in))
+        shape = (kernel, width_in, width_out)
+        axes = ("frames", "conv_in", "conv_out")
+        self.stride = stride
+        self.kernel = nnx.Param(std * jax.random.normal(key, shape), axes=axes)
+        # torch leaves the bias uniform in +-1 / sqrt(fan_in)
+        bias_key = jax.random.fold_in(key, 1)
+        self.bias = (
+            nnx.Param(torch_uniform(bias_key, (width_out,), kernel * width_in), axes=("conv_out",))
+            if bias
+            else None
+        )
+
+    def __call__(self, x_BTC):
+        y_BTC = jax.lax.conv_general_dilated(
+            x_BTC,
+            self.kernel[...].astype(x_BTC.dtype),
+            window_strides=(self.stride,),
+            padding="VALID",
+            dimension_numbers=("NWC", "WIO", "NWC"),
+        )
+        return y_BTC if self.bias is None else y_BTC + self.bias[...].astype(x_BTC.dtype)
+
+
+class PositionConv(nnx.Module):
+    """Relative positions: a grouped convolution over 128 frames, weight-normalised per tap, GELU.
+
+    Padded with 64 frames on both sides and the last output dropped, so that a frame sees 64 frames
+    before it and 63 after; XLA's SAME would see 63 and 64.
+
+    XLA runs a grouped convolution of this size very slowly, its gradient above all. Here, each
+    block of BLOCK outputs is one matmul of the BLOCK + 127 inputs it sees with a banded matrix that
+    holds the kernel BLOCK times, each copy one frame later: 5 % more multiplications, 14 times the
+    speed on CPU (docs/PERFORMANCE.md).
+    """
+
+    BLOCK = 8
+
+    def __init__(self, config: HubertConfig, *, key):
+        taps, width = config.position_kernel, config.width
+        if taps % self.BLOCK:
+            raise ValueError(f"model.position_kernel {taps} must be a multiple of {self.BLOCK}")
+        std = math.sqrt(4 / (taps * width))
+        kernel = std * jax.random.normal(key, (taps, width // config.position_groups, width))
+        self.groups = config.position_groups
+        self.kernel = nnx.Param(kernel, axes=("frames", "conv_in", "width"))
+        self.gain_P = nnx.Param(_norm_per_tap(kernel), axes=("frames",))
+        self.bias = nnx.Param(jnp.zeros(width), axes=("width",))
+
+    def weight(self):
+        """The normalised kernel: (P, D / G, D)."""
+        kernel = self.kernel[...]
+        return kernel * (self.gain_P[...] / _norm_per_tap(kernel))[:, None, None]
+
+    def __call__(self, x_BTD):
+        batch, num_frames, width = x_BTD.shape
+        kernel = self.weight().astype(x_BTD.dtype)
+        taps, group_width, _ = kernel.shape
+        groups, block = self.groups, self.BLOCK
+
+        # blocks of frames, with taps // 2 frames of zeros before and enough after
+        num_blocks = -(-num_frames // block)
+        num_windows = taps // block + 1  # blocks that one block of outputs sees
+        after = (num_blocks + num_windows - 1) * block - taps // 2 - num_frames
+        x = jnp.pad(x_BTD, ((0, 0), (taps // 2, after), (0, 0)))
+        x = x.reshape(batch, -1, block, groups, group_width)
+        x = x.transpose(3, 0, 1, 2, 4).reshape(groups, batch, -1, block * group_width)
+        windows = jnp.concatenate([x[:, :, i : i + num_blocks] for i in range(num_windows)], axis=-1)
+        windows = windows.reshape(groups, batch * num_blocks, -1)
+
+        # band[g, seen frame, channel in, frame out, channel out]
+        kernel = kernel.reshape(taps, group_width, groups, group_width).transpose(2, 0, 1, 3)
+        band = jnp.stack(
+            [jnp.pad(kernel, ((0, 0), (i, block - i), (0, 0), (0, 0))) for i in range(block)], axis=3
+        )
+        band = band.reshape(groups, (taps + block) * group_width, block * group_width)
+
+        y = jnp.einsum("gnw,gwo->gno", windows, band)
+        y = y.reshape(groups, batch, num_blocks, block, group_width)
+        y_BTD = y.transpose(1, 2, 3, 0, 4).reshape(batch, -1, width)[:, :num_frames]
+        return gelu(y_BTD + self.bias[...].astype(y_BTD.dtype))
+
+
+def _norm_per_tap(kernel):
+    return jnp.sqrt(jnp.sum(jnp.square(kernel), axis=(1, 2)))
+
+
+class Block(nnx.Module):
+    """One transformer layer, normalised after each branch (base) or before it (large, xlarge)."""
+
+    def __init__(self, config: HubertConfig, *, key):
+        attention_key, key_in, key_out = jax.random.split(key, 3)
+        width, ffn_width = config.width, config.ffn_width
+        self.config = config
+        self.attention = Attention(config, key=attention_key)
+        self.attention_norm = LayerNorm(width)
+        self.ffn_in = Linear(width, ffn_width, key=key_in, init=bert_normal, axes=("width", "ffn"))
+        self.ffn_out = Linear(ffn_width, width, key=key_out, init=bert_normal, axes=("ffn", "width"))
+        self.ffn_norm = LayerNorm(width)
+
+    def __call__(self, x_BTD, valid_BT=None, *, key=None):
+        config = self.config
+        keys = [None] * 4 if key is None else jax.random.split(key, 4)
+
+        def attend(x_BTD):
+            return dropout(self.attention(x_BTD, valid_BT, key=keys[0]), config.dropout, keys[1])
+
+        def feed_forward(x_BTD):
+            hidden_BTF = constrain(gelu(self.ffn_in(x_BTD)), "batch", "frames", "ffn")
+            hidden_BTF = dropout(hidden_BTF, config.activation_dropout, keys[2])
+            return dropout(self.ffn_out(hidden_BTF), config.dropout, keys[3])
+
+        if config.pre_norm:
+            x_BTD = x_BTD + attend(self.attention_norm(x_BTD))
+            x_BTD = x_BTD + feed_forward(self.ffn_norm(x_BTD))
+        else:
+            x_BTD = self.attention_norm(x_BTD + attend(x_BTD))
+            x_BTD = self.ffn_norm(x_BTD + feed_forward(x_BTD))
+        return constrain(x_BTD, "batch", "frames", "residual")
+
+
+class Attention(nnx.Module):
+    """Multi-head self-attention; heads come first, so that each is a plain matmul."""
+
+    def __init__(self, config: HubertConfig, *, key):
+        width, heads = config.width, config.num_heads
+        qkv_key, out_key = jax.random.split(key)
+        head_width = width // heads
+        self.dropout = config.attention_dropout
+        self.qkv = Linear(
+            width, (3, heads, head_width), key=qkv_key, init=bert_normal,
+            axes=("width", "frames", "heads", "code_width"),
+        )  # fmt: skip
+        self.out = Linear(
+            (heads, head_width), width, key=out_key, init=bert_normal,
+            axes=("heads", "code_width", "width"),
+        )  # fmt: skip
+
+    def __call__(self, x_BTD, valid_BT=None, *, key=None):
+        qkv = jnp.einsum("btd,dchk->cbhtk", x_BTD, self.qkv.kernel[...].astype(x_BTD.dtype))
+        qkv = qkv + self.qkv.bias[...].astype(x_BTD.dtype)[:, None, :, None]
+        qkv = constrain(qkv, "frames", "batch", "heads", "frames", "code_width")
+        query_BHTK, key_BHTK, value_BHTK = qkv
+        query_BHTK = query_BHTK * (query_BHTK.shape[-1] ** -0.5)
+        logits_BHTT = jnp.einsum("bhqk,bhtk->bhqt", query_BHTK, key_BHTK)
+        logits_BHTT = logits_BHTT.astype(jnp.float32)
+        if valid_BT is not None:
+            logits_BHTT = jnp.where(valid_BT[:, None, None, :], logits_BHTT, -1e30)
+        weights_BHTT = jax.nn.softmax(logits_BHTT, axis=-1).astype(x_BTD.dtype)
+        weights_BHTT = dropout(weights_BHTT, self.dropout, key)
+        mixed_BHTK = jnp.einsum("bhqt,bhtk->bhqk", weights_BHTT, value_BHTK)
+        out_BTD = jnp.einsum("bhtk,hkd->btd", mixed_BHTK, self.out.kernel[...].astype(x_BTD.dtype))
+        return out_BTD + self.out.bias[...].astype(x_BTD.dtype)
+
+
+class Linear(nnx.Module):
+    """x @ kernel + bias, computed in x's type; sizes may be tuples."""
+
+    def __init__(self, size_in, size_out, *, key, init, axes):
+        shape_in, shape_out = _shape(size_in), _shape(size_out)
+        kernel_key, bias_key = jax.random.split(key)
+        fan_in = math.prod(shape_in)
+        self.kernel = nnx.Param(init(kernel_key, shape_in + shape_out, fan_in), axes=axes)
+        bias = jnp.zeros(shape_out) if init is bert_normal else init(bias_key, shape_out, fan_in)
+        self.bias = nnx.Param(bias, axes=axes[len(shape_in) :])
+
+    def __call__(self, x):
+        return x @ self.kernel[...].astype(x.dtype) + self.bias[...].astype(x.dtype)
+
+
+def _shape(size) -> tuple[int, ...]:
+    return (size,) if isinstance(size, int) else tuple(size)
+
+
+def bert_normal(key, shape, fan_in):
+    """N(0, 0.02); the bias that goes with it is 0."""
+    return 0.02 * jax.random.normal(key, shape)
+
+
+def torch_uniform(key, shape, fan_in):
+    """U(-1/sqrt(fan_in), 1/sqrt(fan_in)): torch's default for a Linear, kernel and bias alike."""
+    bound = 1 / math.sqrt(fan_in)
+    return jax.random.uniform(key, shape, minval=-bound, maxval=bound)
+
+
+class LayerNorm(nnx.Module):
+    """Over the last axis, in float32."""
+
+    def __init__(self, width: int, *, axis: str = "width"):
+        self.scale = nnx.Param(jnp.ones(width), axes=(axis,))
+        self.bias = nnx.Param(jnp.zeros(width), axes=(axis,))
+
+    def __call__(self, x):
+        x32 = x.astype(jnp.float32)
+        centred = x32 - jnp.mean(x32, axis=-1, keepdims=True)
+        variance = jnp.mean(jnp.square(centred), axis=-1, keepdims=True)
+        normed = centred * jax.lax.rsqrt(variance + NORM_EPS)
+        return (normed * self.scale[...] + self.bias[...]).astype(x.dtype)
+
+
+class GroupNorm(nnx.Module):
+    """Each channel over time (as many groups as channels), in float32."""
+
+    def __init__(self, width: int, *, axis: str = "width"):
+        self.scale = nnx.Param(jnp.ones(width), axes=(axis,))
+        self.bias = nnx.Param(jnp.zeros(width), axes=(axis,))
+
+    def __call__(self, x_BTC, lengths_B=None):
+        """With `lengths_B`, only the first `lengths_B` frames of each row count."""
+        x32_BTC = x_BTC.astype(jnp.float32)
+        if lengths_B is None:
+            mean_B1C = jnp.mean(x32_BTC, axis=1, keepdims=True)
+            variance_B1C = jnp.mean(jnp.square(x32_BTC - mean_B1C), axis=1, keepdims=True)
+        else:
+            real_BT1 = (jnp.arange(x_BTC.shape[1]) < lengths_B[:, None])[..., None]
+            count_B11 = jnp.maximum(lengths_B, 1).astype(jnp.float32)[:, None, None]
+            mean_B1C = jnp.sum(x32_BTC * real_BT1, axis=1, keepdims=True) / count_B11
+            squares_BTC = jnp.square(x32_BTC - mean_B1C) * real_BT1
+            variance_B1C = jnp.sum(squares_BTC, axis=1, keepdims=True) / count_B11
+        normed_BTC = (x32_BTC - mean_B1C) * jax.lax.rsqrt(variance_B1C + NORM_EPS)
+        return (normed_BTC * self.scale[...] + self.bias[...]).astype(x_BTC.dtype)
+
+
+def dropout(x, rate: float, key):
+    """Zero a share `rate` of x and scale the rest; x itself without a key or a rate."""
+    if key is None or rate == 0:
+        return x
+    return jnp.where(jax.random.bernoulli(key, 1 - rate, x.shape), x / (1 - rate), 0)
+
+
+@jax.custom_vjp
+def gelu(x):
+    """The exact GELU, x * Phi(x). Its derivative is kept from the forward pass: one erf, not two."""
+    return _gelu_and_slope(x)[0]
+
+
+def _gelu_and_slope(x):
+    x32 = x.astype(jnp.float32)
+    phi = 0.5 * (1 + jax.lax.erf(x32 * math.sqrt(0.5)))
+    density = jnp.exp(-0.5 * x32 * x32) * (1 / math.sqrt(2 * math.pi))
+    return (x32 * phi).astype(x.dtype), (phi + x32 * density).astype(x.dtype)
+
+
+gelu.defvjp(_gelu_and_slope, lambda slope, grad: (grad * slope,))
+
+
+@jax.custom_vjp
+def scale_gradient(x, scale: float):
+    """x forwards, `scale` times the gradient backwards."""
+    return x
+
+
+scale_gradient.defvjp(lambda x, scale: (x, scale), lambda scale, grad: (grad * scale, None))
+
+
+def _unstack(tree, num: int) -> list:
+    """The slices of a stacked tree along its first axis; their gradients are concatenated."""
+    leaves, treedef = jax.tree.flatten(tree)
+    slices = [jnp.split(leaf, num) for leaf in leaves]
+    return [treedef.unflatten([part[i][0] for part in slices]) for i in range(num)]

@@ -1,0 +1,96 @@
+# SPDX-License-Identifier: Apache-2.0
+"""k-means++: centres drawn from the data, each far from those before it.
+
+Every new centre is the best of 2 + log2(C) candidates, which are drawn with probability
+proportional to their squared distance from the nearest centre so far (Arthur and Vassilvitskii,
+2007, section 5: the greedy form). All restarts go in step, so that one matmul a centre gives the
+distances of all candidates of all restarts.
+
+N rows, D width, C codes, R restarts, L candidates, P points (R x L), G groups of M rows
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+
+EXACT = jax.lax.Precision.HIGHEST
+
+
+def seed(sample_ND, *, num_codes: int, num_restarts: int, key: jax.Array) -> jax.Array:
+    """R independent choices of C centres among the rows: R x C x D."""
+    rows = _Rows(sample_ND)
+    centers_RCD = jnp.zeros((num_restarts, num_codes, sample_ND.shape[1]))
+    # Nothing is near a centre yet; infinity also makes the first draw an even one.
+    nearest_NR = jnp.full((rows.num_rows, num_restarts), jnp.inf)
+    return _choose(rows, centers_RCD, nearest_NR, jnp.arange(num_codes), num_codes, key)
+
+
+def refill(sample_ND, centers_CD, kept_C, *, key: jax.Array) -> jax.Array:
+    """The centres with those not in `kept_C` chosen anew among the rows."""
+    rows = _Rows(sample_ND)
+    nearest_N = jnp.min(jnp.where(kept_C, rows.distances(centers_CD), jnp.inf), axis=1)
+    empty_first_C = jnp.argsort(kept_C)
+    num_empty = jnp.sum(~kept_C)
+    return _choose(rows, centers_CD[None], nearest_N[:, None], empty_first_C, num_empty, key)[0]
+
+
+class _Rows:
+    """The sample around its mean, rows filled up to a whole number of groups."""
+
+    def __init__(self, sample_ND):
+        num_rows = len(sample_ND)
+        self.num_groups = 2 ** math.ceil(math.log2(num_rows) / 2)
+        filling = -num_rows % self.num_groups
+        self.num_rows = num_rows + filling
+        self.valid_N1 = (jnp.arange(self.num_rows) < num_rows)[:, None].astype(jnp.float32)
+        self.offset_D = jnp.mean(sample_ND, axis=0)
+        self.shifted_ND = jnp.pad(sample_ND - self.offset_D, ((0, filling), (0, 0)))
+        self.squares_N1 = jnp.sum(self.shifted_ND * self.shifted_ND, axis=1, keepdims=True)
+        self.rows_ND = sample_ND
+
+    def distances(self, points_PD):
+        """Squared distances, N x P. What may be rounding alone is 0: no row is chosen twice."""
+        shifted_PD = points_PD - self.offset_D
+        squares_NP = self.squares_N1 + jnp.sum(shifted_PD * shifted_PD, axis=1)
+        products_NP = jnp.matmul(self.shifted_ND, shifted_PD.T, precision=EXACT)
+        distances_NP = squares_NP - 2.0 * products_NP
+        return jnp.where(distances_NP > 1e-6 * squares_NP, distances_NP, 0.0)
+
+
+def _choose(rows: _Rows, centers_RCD, nearest_NR, slots_C, num_slots, key) -> jax.Array:
+    """Fills the centres at the first `num_slots` of `slots_C`, one after the other."""
+    num_restarts, num_codes, width = centers_RCD.shape
+    num_candidates = 2 + int(math.log2(num_codes))
+    each_R = jnp.arange(num_restarts)
+
+    def step(index, state):
+        centers_RCD, nearest_NR = state
+        weights_NR = rows.valid_N1 * jnp.where(jnp.isinf(nearest_NR), 1.0, nearest_NR)
+        drawn_RL = _draw(
+            weights_NR.reshape(-1, rows.num_groups, num_restarts),
+            jax.random.uniform(jax.random.fold_in(key, index), (num_restarts, num_candidates)),
+        )
+        candidates_RLD = rows.rows_ND[drawn_RL]
+        distances_NP = rows.distances(candidates_RLD.reshape(-1, width))
+        distances_NRL = distances_NP.reshape(-1, num_restarts, num_candidates)
+        left_NRL = jnp.minimum(nearest_NR[..., None], distances_NRL)
+        best_R = jnp.argmin(jnp.sum(rows.valid_N1[..., None] * left_NRL, axis=0), axis=1)
+        centers_RCD = centers_RCD.at[:, slots_C[index]].set(candidates_RLD[each_R, best_R])
+        return centers_RCD, left_NRL[:, each_R, best_R]
+
+    return jax.lax.fori_loop(0, num_slots, step, (centers_RCD, nearest_NR))[0]
+
+
+def _draw(weights_MGR, uniform_RL) -> jax.Array:
+    """Rows with probability proportional to weight: first a group of rows, then one of it."""
+    num_groups = weights_MGR.shape[1]
+    each_R1 = jnp.arange(len(uniform_RL))[:, None]
+    upto_RG = jnp.cumsum(jnp.sum(weights_MGR, axis=0).T, axis=1)
+    target_RL = uniform_RL * upto_RG[:, -1:]
+    group_RL = jnp.argmax(upto_RG[:, None] > target_RL[..., None], axis=2)
+    weights_RLM = jnp.moveaxis(weights_MGR[:, group_RL, each_R1], 0, 2)
+    before_RL = upto_RG[each_R1, group_RL] - jnp.sum(weights_RLM, axis=2)
+    upto_RLM = before_RL[..., None] + jnp.cumsum(weights_RLM, axis=2)
+    row_RL = jnp.argmax(upto_RLM > target_RL[..., None], axis=2)
+    return row_RL * num_groups + group_RL

@@ -1,0 +1,107 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The mesh, and the one table that says which axis of an array lies on which axis of the mesh.
+
+Parameters carry the names of their logical axes (`nnx.Param(..., axes=(...))`), activations are
+constrained by the same names at a few points of the model; nothing else knows about devices.
+"""
+
+import math
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+MESH_AXES = ("data", "fsdp", "tensor")
+
+# logical axis -> mesh axis. An axis that is not divisible by its mesh axis stays whole.
+RULES = {
+    "batch": ("data", "fsdp"),
+    "width": "fsdp",  # of parameters: gathered when used
+    "heads": "tensor",
+    "ffn": "tensor",
+    "conv_in": None,
+    "conv_out": "fsdp",
+    "frames": None,
+    "residual": None,  # the width of activations
+    "code": None,
+    "code_width": None,
+}
+
+
+def make_mesh(*, data: int, fsdp: int, tensor: int, devices=None) -> Mesh:
+    """A mesh ("data", "fsdp", "tensor"); at most one size may be -1: all devices that are left.
+
+    Raises ValueError when the sizes do not multiply to the number of devices.
+    """
+    devices = jax.devices() if devices is None else devices
+    sizes = {"data": data, "fsdp": fsdp, "tensor": tensor}
+    free = [axis for axis, size in sizes.items() if size == -1]
+    taken = math.prod(size for size in sizes.values() if size != -1)
+    if len(free) > 1 or taken < 1 or len(devices) % taken or (not free and taken != len(devices)):
+        divisors = [n for n in range(1, len(devices) + 1) if len(devices) % n == 0]
+        raise ValueError(
+            f"mesh {sizes} does not fit {len(devices)} devices: give sizes among {divisors} whose"
+            " product is the number of devices; one of them may be -1"
+        )
+    for axis in free:
+        sizes[axis] = len(devices) // taken
+    shape = tuple(sizes[axis] for axis in MESH_AXES)
+    return jax.make_mesh(shape, MESH_AXES, devices=devices, axis_types=(AxisType.Auto,) * 3)
+
+
+def constrain(x: jax.Array, *axes: str) -> jax.Array:
+    """`x` with its axes laid out as the table says, on the mesh in use; `x` itself without one."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return x
+    return jax.lax.with_sharding_constraint(x, _spec(x.shape, axes, dict(mesh.shape)))
+
+
+def param_shardings(mesh: Mesh, model):
+    """A NamedSharding for every parameter of a model (abstract or real), in the model's tree."""
+    sizes = dict(mesh.shape)
+
+    def shard(param):
+        # Stacked layers have leading axes that the block's own names do not mention.
+        shape = param[...].shape
+        axes = ("frames",) * (len(shape) - len(param.axes)) + tuple(param.axes)
+        return jax.tree.map(lambda _: NamedSharding(mesh, _spec(shape, axes, sizes)), param)
+
+    return jax.tree.map(shard, model, is_leaf=lambda leaf: hasattr(leaf, "axes"))
+
+
+def _spec(shape, axes, sizes: dict[str, int]) -> P:
+    """The PartitionSpec for `axes`; an axis that does not divide evenly stays whole."""
+    if len(shape) != len(axes):
+        raise AssertionError(f"axes {axes} for shape {shape}")
+
+    def place(size, axis):
+        target = RULES[axis]
+        names = (target,) if isinstance(target, str) else (target or ())
+        ways = math.prod(sizes[name] for name in names)
+        return target if ways > 1 and size % ways == 0 else None
+
+    return P(*(place(size, axis) for size, axis in zip(shape, axes, strict=True)))
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Rows of a batch over the data and fsdp axes."""
+    return NamedSharding(mesh, P(("data", "fsdp")))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    return NamedSharding(mesh, P())
+
+
+def batch_ways(mesh: Mesh) -> int:
+    """How many parts the rows of a batch are split into."""
+    return mesh.shape["data"] * mesh.shape["fsdp"]
+
+
+def put_batch(mesh: Mesh, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
+    """This process' rows of a batch, made into global arrays."""
+    sharding = batch_sharding(mesh)
+    return {
+        name: jax.make_array_from_process_local_data(sharding, rows) for name, rows in batch.items()
+    }

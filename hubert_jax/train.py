@@ -1,0 +1,170 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The one loop. It knows models, batches and time, and nothing of speech.
+
+`make_step` turns a loss into a compiled update, `fit` repeats it: batches come from an iterator
+that is indexed by the step, randomness from fold_in(key, step), so a run that stops and starts
+again is the same run.
+"""
+
+import contextlib
+import signal
+import time
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+
+class State(NamedTuple):
+    """All that training carries from step to step."""
+
+    step: jax.Array  # int32, updates made so far
+    model: object
+    opt_state: optax.OptState
+
+
+class Loss(NamedTuple):
+    """A loss as a sum and the count to divide it by, so that parts of a batch simply add up."""
+
+    total: jax.Array
+    weight: jax.Array  # does not depend on the parameters
+    metrics: dict[str, tuple[jax.Array, jax.Array]]  # name -> (sum, count)
+
+
+LossFunction = Callable[..., Loss]  # (model, batch, key, step) -> Loss
+
+
+def init_state(model, optimizer: optax.GradientTransformation) -> State:
+    """Step 0. The optimiser's moments take over the sharding of the parameters."""
+    return State(jnp.zeros([], jnp.int32), model, optimizer.init(model))
+
+
+def make_step(loss: LossFunction, optimizer: optax.GradientTransformation, *, accumulate: int):
+    """A compiled (state, batch, key) -> (state, metrics).
+
+    `accumulate` splits the rows of the batch into that many parts, one after the other; gradients
+    are summed before the one division by the summed weight, so the update is that of the whole
+    batch. Metrics gain the loss per count and the gradient's norm before clipping.
+    """
+
+    def value_and_grad(model, batch, key, step):
+        def total(model):
+            value = loss(model, batch, key, step)
+            return value.total, value
+
+        return jax.grad(total, has_aux=True)(model)
+
+    def summed(model, batch, key, step):
+        if accumulate == 1:
+            return value_and_grad(model, batch, key, step)
+        parts = jax.tree.map(lambda x: _split_rows(x, accumulate), batch)
+        keys = jax.random.split(key, accumulate)
+
+        def add(total, part):
+            return jax.tree.map(jnp.add, total, value_and_grad(model, *part, step)), None
+
+        first = value_and_grad(model, jax.tree.map(lambda x: x[0], parts), keys[0], step)
+        rest = jax.tree.map(lambda x: x[1:], (parts, keys))
+        return jax.lax.scan(add, first, rest)[0]
+
+    def step(state: State, batch, key):
+        key = jax.random.fold_in(key, state.step)
+        grads, value = summed(state.model, batch, key, state.step)
+        grads = jax.tree.map(lambda g: g / value.weight, grads)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.model)
+        model = optax.apply_updates(state.model, updates)
+        metrics = value.metrics | {
+            "loss": (value.total, value.weight),
+            "gradient_norm": (optax.global_norm(grads), 1.0),
+        }
+        return State(state.step + 1, model, opt_state), metrics
+
+    return jax.jit(step, donate_argnums=0)
+
+
+def _split_rows(x, parts: int):
+    """(B, ...) -> (parts, B / parts, ...); part i takes rows i, i + parts, ... of every device."""
+    return x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1)
+
+
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C or SIGTERM; the state has been saved."""
+
+
+def fit(
+    state: State,
+    step: Callable,
+    batches: Iterator[tuple[int, object]],
+    *,
+    key,
+    num_steps: int,
+    report: Callable[[int, dict[str, tuple[float, float]], float, float], None],
+    report_every: int,
+    validate: Callable[[State], None],
+    validate_every: int,
+    save: Callable[[State], None],
+    save_every: int,
+) -> State:
+    """Updates until `num_steps`, from batches that start at the state's own step.
+
+    `report(step, metrics, seconds, waited)` gets the sums since the last report, read one step
+    late so that the device never waits for the host, with the wall time and the seconds spent
+    waiting for batches. Raises Interrupted after a signal, once the state is saved.
+    """
+    done = int(state.step)
+    pending: list = []
+    waited, since = 0.0, time.perf_counter()
+    with _signals() as stopped:
+        while done < num_steps:
+            asked = time.perf_counter()
+            _, batch = next(batches)
+            waited += time.perf_counter() - asked
+            state, metrics = step(state, batch, key)
+            done += 1
+            pending.append(metrics)
+            if done % report_every == 0 or done == num_steps:
+                ready = pending if done == num_steps else pending[:-1]
+                if ready:
+                    sums = sum_metrics(jax.device_get(ready))
+                    now = time.perf_counter()
+                    report(done - len(pending) + len(ready), sums, now - since, waited)
+                    pending, waited, since = pending[len(ready) :], 0.0, now
+            if done % validate_every == 0 or done == num_steps:
+                start = time.perf_counter()
+                validate(state)
+                since += time.perf_counter() - start
+            if done % save_every == 0 or done == num_steps or stopped:
+                save(state)
+            if stopped and done < num_steps:
+                raise Interrupted(f"stopped by {stopped[0]} after step {done}; it is saved")
+    return state
+
+
+def sum_metrics(metrics: list[dict]) -> dict[str, tuple[float, float]]:
+    """The (sum, count) pairs of several steps, added up by name."""
+    return {
+        name: tuple(float(sum(step[name][i] for step in metrics)) for i in (0, 1))
+        for name in metrics[0]
+    }
+
+
+@contextlib.contextmanager
+def _signals():
+    """A list that receives the name of the first SIGINT or SIGTERM; the second one acts at once."""
+    received: list[str] = []
+    previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def receive(number, _frame):
+        received.append(signal.Signals(number).name)
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+    for number in previous:
+        signal.signal(number, receive)
+    try:
+        yield received
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)

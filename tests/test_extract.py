@@ -1,0 +1,156 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Streaming features: each utterance once, and the same numbers as of the utterance alone."""
+
+import itertools
+import pathlib
+
+import jax
+import numpy as np
+import pytest
+
+from hubert_jax import cli, extract, model
+from hubert_jax.ops import frames, mfcc
+
+LENGTHS = np.array([9_000, 399, 4_000, 9_000, 1_300, 400, 7_321, 2_000, 6_400, 5_555])
+
+
+class Waves:
+    """A split in memory."""
+
+    def __init__(self, lengths=LENGTHS):
+        rng = np.random.default_rng(0)
+        self.ids = [f"u{number}" for number in range(len(lengths))]
+        self.num_samples = np.asarray(lengths)
+        self.waves = [0.1 * rng.standard_normal(n).astype(np.float32) for n in lengths]
+
+    def audio(self, position, start=0, stop=None):
+        return self.waves[position][start:stop]
+
+
+@pytest.fixture(scope="module")
+def mesh():
+    return extract.local_mesh()
+
+
+@pytest.fixture(scope="module")
+def mfcc_source(mesh, tmp_path_factory):
+    return extract.load_source(config(kind="mfcc"), tmp_path_factory.mktemp("work"), mesh)
+
+
+def config(**fields) -> extract.FeaturesConfig:
+    given = dict(checkpoint="", layer=0, sample_share=1.0, dtype="float32", batch_seconds=1.0,
+                 num_shards=1, dump=False)  # fmt: skip
+    return extract.FeaturesConfig(**(given | fields))
+
+
+def encoder(**fields) -> model.Encoder:
+    path = pathlib.Path(__file__).parents[1] / "configs" / "demo.py"
+    small = dict(conv_width=8, width=16, ffn_width=16, num_heads=2, num_layers=2) | fields
+    fields = cli.load_config(str(path)).model.to_dict() | small
+    return model.Encoder(model.HubertConfig(**fields), key=jax.random.key(0))
+
+
+def streamed(source, mesh, *, batch_seconds, positions=None, waves=None, **options):
+    waves = waves or Waves()
+    positions = np.arange(len(waves.ids)) if positions is None else positions
+    extractor = extract.Extractor(source, waves.num_samples, batch_seconds=batch_seconds, mesh=mesh)
+    pairs = list(extractor.stream(waves, positions, **options))
+    assert sorted(position for position, _ in pairs) == sorted(positions.tolist())
+    return dict(pairs), extractor
+
+
+@pytest.mark.parametrize("batch_seconds", [0.1, 5.0])
+def test_mfcc_of_every_utterance_as_if_alone(mfcc_source, mesh, batch_seconds):
+    found, extractor = streamed(mfcc_source, mesh, batch_seconds=batch_seconds)
+    for position, audio_S in enumerate(Waves().waves):
+        alone_TD = np.asarray(
+            jax.jit(mfcc.mfcc39)(np.pad(audio_S, (0, max(0, 400 - len(audio_S)))))
+        )
+        assert found[position].shape == (frames.num_frames(len(audio_S), hop=160), 39)
+        np.testing.assert_allclose(found[position], alone_TD[: len(found[position])], atol=1e-4)
+    assert found[1].shape == (0, 39)  # 399 samples
+    assert extractor.samples_read == LENGTHS.sum() and 0 < extractor.share_of_padding < 1
+
+
+def test_a_layer_of_every_utterance_as_if_alone(mesh):
+    network = encoder(conv_norm="group", normalize_audio=True)
+    source = extract.layer_source(network, {"step": 1}, layer=1, mesh=mesh)
+    found, _ = streamed(source, mesh, batch_seconds=5.0)
+    for position in (0, 6, 7):
+        wave_S = Waves().waves[position]
+        wave_S = (wave_S - wave_S.mean()) / np.sqrt(wave_S.var() + 1e-5)
+        alone_TD = network.features(wave_S[None], layer=1)[0]
+        np.testing.assert_allclose(found[position], alone_TD, atol=1e-4)
+    other, _ = streamed(source._replace(normalize=False), mesh, batch_seconds=5.0)
+    assert np.abs(found[0] - other[0]).max() > 1e-6  # base's norm undoes most of a gain, not all
+
+
+def test_only_what_was_asked_for_and_finished_on_the_device(mfcc_source, mesh):
+    positions = np.array([7, 2, 1])
+    loudest = jax.jit(lambda features_BTD: features_BTD[..., 0].astype("float16"))
+    found, _ = streamed(mfcc_source, mesh, batch_seconds=1.0, positions=positions, finish=loudest)
+    whole, _ = streamed(mfcc_source, mesh, batch_seconds=1.0, positions=positions)
+    for position in positions.tolist():
+        assert found[position].dtype == np.float16
+        np.testing.assert_array_equal(found[position], whole[position][:, 0].astype(np.float16))
+
+
+def test_audio_of_another_length_than_the_corpus_says_is_refused(mfcc_source, mesh):
+    waves = Waves()
+    waves.waves[3] = waves.waves[3][:-1]
+    with pytest.raises(ValueError, match=r"'u3' has 8999 samples, the corpus says 9000"):
+        streamed(mfcc_source, mesh, batch_seconds=1.0, waves=waves)
+
+
+def test_batches_hold_everybody_once_in_few_shapes():
+    lengths = np.random.default_rng(0).integers(1_000, 100_000, 500)
+    rungs = extract.padded_lengths(np.repeat(lengths, 10))
+    planned = extract.plan_batches(lengths, rungs, lambda rung: 800_000 // rung)
+    members = np.concatenate([batch.members for batch in planned])
+    assert sorted(members.tolist()) == list(range(500))
+    for batch in planned:
+        assert lengths[batch.members].max() <= batch.num_samples in rungs
+        assert len(batch.members) <= batch.num_rows == 800_000 // batch.num_samples
+    assert all(len(batch.members) == batch.num_rows for batch in planned[:-1])
+    assert len({(batch.num_rows, batch.num_samples) for batch in planned}) == len(rungs) == 6
+
+
+def test_padded_lengths_are_the_best(monkeypatch):
+    monkeypatch.setattr(extract, "SECONDS_PER_RUNG", 4.0)
+    lengths = np.random.default_rng(1).integers(1, 40, 12) * 640 - 100
+    rungs = extract.padded_lengths(lengths)
+    assert len(rungs) == int(lengths.sum() / 16_000 / 4) == 2
+
+    def padded(ladder):
+        return np.array(ladder)[np.searchsorted(ladder, lengths)].sum()
+
+    needed = sorted(set((-(-lengths // 320) * 320).tolist()))
+    every = [ladder for ladder in itertools.combinations(needed, 2) if ladder[-1] == needed[-1]]
+    assert padded(rungs) == min(map(padded, every)) < max(map(padded, every))
+
+
+def test_facts_of_a_checkpoint_change_with_its_weights():
+    one, other = encoder(), encoder(num_layers=1)
+    facts = extract.checkpoint_facts(one, {"step": 7})
+    assert facts == extract.checkpoint_facts(encoder(), {"step": 7})
+    assert facts["encoder"] != extract.checkpoint_facts(other, {"step": 7})["encoder"]
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"kind": "fbank"}, "features.kind is 'fbank'; give mfcc or layer"),
+        ({"dtype": "float64"}, "features.dtype is 'float64'; give float16 or float32"),
+        ({"sample_share": 0.0}, "features.sample_share is 0.0"),
+        ({"batch_seconds": 0.0}, "features.batch_seconds is 0.0"),
+        ({"kind": "layer"}, "features.checkpoint is empty"),
+    ],
+)
+def test_settings_that_make_no_sense_are_refused(fields, message):
+    with pytest.raises(ValueError, match=message):
+        config(**({"kind": "mfcc"} | fields))
+
+
+def test_a_layer_that_the_model_has_not_is_refused(mesh):
+    with pytest.raises(ValueError, match="layer 3 was asked for, the model has 0 to 2"):
+        extract.layer_source(encoder(), {}, layer=3, mesh=mesh)

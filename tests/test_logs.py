@@ -1,0 +1,62 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Progress without a terminal, and metrics that a restarted run does not repeat."""
+
+import subprocess
+import sys
+
+from hubert_jax import logs
+
+
+def test_progress_without_a_terminal_prints_lines(capsys, monkeypatch):
+    monkeypatch.setattr(logs, "SECONDS_BETWEEN_LINES", 0.0)
+    with logs.Progress("label train", total=10.0, done=2.0) as progress:
+        progress.advance(3.0)
+        progress.advance(5.0, note="loss 4.61")
+    halfway, last, end = capsys.readouterr().out.splitlines()
+    assert "label train: 5 of 10 s of audio (50 %)" in halfway and "left" in halfway
+    assert "(100 %)" in last and "left" not in last and last.endswith("loss 4.61")
+    assert "label train: 10 of 10" in end
+
+
+def test_progress_is_silent_about_the_end_of_a_failure(capsys):
+    try:
+        with logs.Progress("x", total=None, unit="files") as progress:
+            progress.advance(1)
+            raise ValueError("broken")
+    except ValueError:
+        assert capsys.readouterr().out == ""
+
+
+def test_progress_draws_a_bar_on_a_terminal(monkeypatch, capsys):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    with logs.Progress("prepare", total=4.0) as progress:
+        progress.advance(4.0)
+    captured = capsys.readouterr()
+    assert "prepare: 100%|" in captured.err and "4/4 s of audio" in captured.err
+    assert captured.out == ""
+
+
+def test_clock():
+    assert [logs.clock(s) for s in (7.4, 185, 7385)] == ["0:07", "3:05", "2:03:05"]
+
+
+def test_metrics_drop_the_steps_that_a_resumed_run_repeats(tmp_path):
+    with logs.Metrics(tmp_path, resume_from=0) as metrics:
+        for step in (1, 2, 3):
+            metrics.write(step, {"train/loss": step})
+    with (tmp_path / "metrics.jsonl").open("a") as lines:
+        lines.write('{"step": 4, "train/lo')  # the line of a killed run
+    with logs.Metrics(tmp_path, resume_from=2) as metrics:
+        metrics.write(3, {"train/loss": 30})
+    assert logs.read_metrics(tmp_path / "metrics.jsonl") == [
+        {"step": 1, "train/loss": 1.0},
+        {"step": 2, "train/loss": 2.0},
+        {"step": 3, "train/loss": 30.0},
+    ]
+    assert len(list(tmp_path.glob("events.out.tfevents.*"))) >= 1
+
+
+def test_a_progress_bar_costs_no_plotting_library():
+    program = "import sys; from hubert_jax import logs; print('tensorboardX' in sys.modules)"
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, check=True)
+    assert result.stdout.strip() == b"False"
