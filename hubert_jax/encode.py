@@ -159,9 +159,10 @@ def stream(
         recordings = (r._replace(blocks=functools.partial(_normalized, r)) for r in recordings)
     extractor = extract.Extractor(
         source._replace(normalize=False),
-        np.resize(ladder, max(max_rows, len(ladder))),
+        np.resize(ladder, max_rows),
         batch_seconds=batch_seconds,
         mesh=mesh,
+        rungs_R=ladder,
     )
     groups = _groups(_windows(recordings), GROUP_BATCHES * extractor.batch_samples)
     join, samples_joined = windows.Join(), 0

@@ -25,15 +25,13 @@ from etils import epath
 from jax.experimental import multihost_utils
 
 from hubert_jax import logs, sharding, weights
-from hubert_jax.data import arrays, batches, cards, rungs
+from hubert_jax.data import arrays, batches, cards, padding
 from hubert_jax.data.corpus import Corpus, Split
 from hubert_jax.ops import frames, mfcc
 
 if TYPE_CHECKING:  # the model is not needed for MFCC
     from hubert_jax.model import Encoder
 
-MAX_RUNGS = 6  # padded lengths
-SECONDS_PER_RUNG = 1800.0  # of audio: for less, compiling one more costs more than its padding
 READ_AHEAD = 4  # batches decoded before they are needed, a thread each: 7,000 x real time of FLAC
 MIN_SHARD_SECONDS = 600.0  # the last batch of a shard is half empty, so shards hold many batches
 
@@ -141,15 +139,16 @@ class Extractor:
         *,
         batch_seconds: float,
         mesh: jax.sharding.Mesh,
+        rungs_R: np.ndarray | None = None,
     ):
-        """`num_samples_N` are the lengths to come: they decide the padded lengths, and there is no
-        use in more rows than N.
+        """`num_samples_N` are the lengths to come: the padded lengths are fitted to them, unless
+        given as `rungs_R`, and there is no use in more rows than N.
         """
         self.source = source
         self.mesh = mesh
         self.samples_read = self.samples_computed = 0
         self.batch_samples = round(batch_seconds * frames.SAMPLE_RATE)
-        self._rungs = padded_lengths(num_samples_N)
+        self._rungs = padding.padded_lengths(num_samples_N) if rungs_R is None else rungs_R
         self._max_rows = len(num_samples_N)
 
     @property
@@ -186,7 +185,7 @@ class Extractor:
         ahead: deque[tuple[np.ndarray, Future]] = deque()
         with ThreadPoolExecutor(READ_AHEAD) as threads:
             try:
-                for batch in plan_batches(num_samples, self._rungs, self._rows):
+                for batch in padding.plan(num_samples, self._rungs, self._rows):
                     utterances = positions[batch.members]
                     ahead.append((utterances, threads.submit(self._load, split, utterances, batch)))
                     if len(ahead) > READ_AHEAD:
@@ -206,7 +205,7 @@ class Extractor:
         return max(1, fits // ways) * ways
 
     def _load(
-        self, split: batches.Split, utterances: np.ndarray, batch: "Batch"
+        self, split: batches.Split, utterances: np.ndarray, batch: padding.Batch
     ) -> tuple[np.ndarray, np.ndarray]:
         audio_BS = np.zeros((batch.num_rows, batch.num_samples), np.float32)
         num_samples_B = np.full(batch.num_rows, batch.num_samples, np.int32)
@@ -241,42 +240,9 @@ class Extractor:
             yield utterance, host[row, : num_frames[row]]
 
 
-class Batch(NamedTuple):
-    members: np.ndarray  # indices into the lengths that were given
-    num_rows: int  # those that are too many are filled with silence
-    num_samples: int  # padded
-
-
-def plan_batches(
-    num_samples_N: np.ndarray, rungs_R: np.ndarray, rows: Callable[[int], int]
-) -> list[Batch]:
-    """Every utterance once, the longest first, so that only the last batch is not full."""
-    order = np.argsort(-num_samples_N, kind="stable")
-    planned, first = [], 0
-    while first < len(order):
-        rung = int(rungs_R[np.searchsorted(rungs_R, num_samples_N[order[first]])])
-        num_rows = rows(rung)
-        planned.append(Batch(order[first : first + num_rows], num_rows, rung))
-        first += num_rows
-    return planned
-
-
 def num_samples(corpus: Corpus) -> np.ndarray:
     """The lengths of all utterances of all splits."""
     return np.concatenate([corpus.split(name).num_samples for name in corpus.splits])
-
-
-def padded_lengths(num_samples_N: np.ndarray) -> np.ndarray:
-    """The few lengths in samples, rising, that pad a corpus least.
-
-    Padding up to the next rung is cropping down to it on the line turned around.
-    """
-    seconds = num_samples_N.sum() / frames.SAMPLE_RATE
-    num_rungs = int(np.clip(seconds / SECONDS_PER_RUNG, 1, MAX_RUNGS))
-    needed_N = np.maximum(num_samples_N, frames.RECEPTIVE_FIELD)
-    hops_N = -(-needed_N // frames.HOP)
-    longest = hops_N.max()
-    return np.sort(longest - rungs.fit_ladders(longest - hops_N, num_rungs)[-1]) * frames.HOP
 
 
 def local_mesh() -> jax.sharding.Mesh:

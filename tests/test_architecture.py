@@ -57,7 +57,8 @@ def test_file_keeps_to_its_floor(path):
             assert floor(target) <= floor(module), f"{name} imports {target}, which lies above it"
             to_stage = target.startswith("hubert_jax.stages")
             assert not (to_stage and floor(module) == STAGES), f"{name}, a stage, imports {target}"
-        assert ONLY_IN.get(package, name) == name, f"{package} belongs into {ONLY_IN[package] or 'no file'}"
+        home = ONLY_IN.get(package, name)
+        assert home == name, f"{package} belongs into {home or 'no file'}"
         if floor(module) <= DATA:
             assert package != "flax", f"{name} is below the models"
     if name != "hubert_jax/sharding.py":

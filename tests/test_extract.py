@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Streaming features: each utterance once, and the same numbers as of the utterance alone."""
 
-import itertools
+import functools
 import pathlib
 
 import jax
@@ -44,10 +44,14 @@ def config(**fields) -> extract.FeaturesConfig:
 
 
 def encoder(**fields) -> model.Encoder:
+    """A very small encoder with random parameters, drawn by numpy: quicker than its own init."""
     path = pathlib.Path(__file__).parents[1] / "configs" / "demo.py"
-    small = dict(conv_width=8, width=16, ffn_width=16, num_heads=2, num_layers=2) | fields
-    fields = cli.load_config(str(path)).model.to_dict() | small
-    return model.Encoder(model.HubertConfig(**fields), key=jax.random.key(0))
+    small = dict(conv_width=4, width=8, ffn_width=8, num_heads=1, num_layers=1, position_groups=1)
+    fields = cli.load_config(str(path)).model.to_dict() | small | fields
+    make = functools.partial(model.Encoder, model.HubertConfig(**fields))
+    abstract = jax.eval_shape(lambda key: make(key=key), jax.random.key(0))
+    rng = np.random.default_rng(0)
+    return jax.tree.map(lambda x: rng.normal(size=x.shape).astype(x.dtype), abstract)
 
 
 def streamed(source, mesh, *, batch_seconds, positions=None, waves=None, **options):
@@ -63,24 +67,23 @@ def streamed(source, mesh, *, batch_seconds, positions=None, waves=None, **optio
 def test_mfcc_of_every_utterance_as_if_alone(mfcc_source, mesh, batch_seconds):
     found, extractor = streamed(mfcc_source, mesh, batch_seconds=batch_seconds)
     for position, audio_S in enumerate(Waves().waves):
-        alone_TD = np.asarray(
-            jax.jit(mfcc.mfcc39)(np.pad(audio_S, (0, max(0, 400 - len(audio_S)))))
-        )
         assert found[position].shape == (frames.num_frames(len(audio_S), hop=160), 39)
-        np.testing.assert_allclose(found[position], alone_TD[: len(found[position])], atol=1e-4)
+        if position in (3, 6):
+            alone_TD = jax.jit(mfcc.mfcc39)(audio_S)
+            np.testing.assert_allclose(found[position], alone_TD, atol=1e-4)
     assert found[1].shape == (0, 39)  # 399 samples
     assert extractor.samples_read == LENGTHS.sum() and 0 < extractor.share_of_padding < 1
 
 
 def test_a_layer_of_every_utterance_as_if_alone(mesh):
-    network = encoder(conv_norm="group", normalize_audio=True)
+    network = encoder(normalize_audio=True)
     source = extract.layer_source(network, {"step": 1}, layer=1, mesh=mesh)
     found, _ = streamed(source, mesh, batch_seconds=5.0)
-    for position in (0, 6, 7):
-        wave_S = Waves().waves[position]
-        wave_S = (wave_S - wave_S.mean()) / np.sqrt(wave_S.var() + 1e-5)
-        alone_TD = network.features(wave_S[None], layer=1)[0]
-        np.testing.assert_allclose(found[position], alone_TD, atol=1e-4)
+    wave_S = Waves().waves[6]
+    wave_S = (wave_S - wave_S.mean()) / np.sqrt(wave_S.var() + 1e-5)
+    alone_BTD = jax.jit(lambda wave_BS: network.features(wave_BS, layer=1))(wave_S[None])
+    np.testing.assert_allclose(found[6], alone_BTD[0], atol=1e-4)
+    assert found[1].shape == (0, 8) and found[4].shape == (3, 8)
     other, _ = streamed(source._replace(normalize=False), mesh, batch_seconds=5.0)
     assert np.abs(found[0] - other[0]).max() > 1e-6  # base's norm undoes most of a gain, not all
 
@@ -102,37 +105,11 @@ def test_audio_of_another_length_than_the_corpus_says_is_refused(mfcc_source, me
         streamed(mfcc_source, mesh, batch_seconds=1.0, waves=waves)
 
 
-def test_batches_hold_everybody_once_in_few_shapes():
-    lengths = np.random.default_rng(0).integers(1_000, 100_000, 500)
-    rungs = extract.padded_lengths(np.repeat(lengths, 10))
-    planned = extract.plan_batches(lengths, rungs, lambda rung: 800_000 // rung)
-    members = np.concatenate([batch.members for batch in planned])
-    assert sorted(members.tolist()) == list(range(500))
-    for batch in planned:
-        assert lengths[batch.members].max() <= batch.num_samples in rungs
-        assert len(batch.members) <= batch.num_rows == 800_000 // batch.num_samples
-    assert all(len(batch.members) == batch.num_rows for batch in planned[:-1])
-    assert len({(batch.num_rows, batch.num_samples) for batch in planned}) == len(rungs) == 6
-
-
-def test_padded_lengths_are_the_best(monkeypatch):
-    monkeypatch.setattr(extract, "SECONDS_PER_RUNG", 4.0)
-    lengths = np.random.default_rng(1).integers(1, 40, 12) * 640 - 100
-    rungs = extract.padded_lengths(lengths)
-    assert len(rungs) == int(lengths.sum() / 16_000 / 4) == 2
-
-    def padded(ladder):
-        return np.array(ladder)[np.searchsorted(ladder, lengths)].sum()
-
-    needed = sorted(set((-(-lengths // 320) * 320).tolist()))
-    every = [ladder for ladder in itertools.combinations(needed, 2) if ladder[-1] == needed[-1]]
-    assert padded(rungs) == min(map(padded, every)) < max(map(padded, every))
-
-
 def test_facts_of_a_checkpoint_change_with_its_weights():
-    one, other = encoder(), encoder(num_layers=1)
-    facts = extract.checkpoint_facts(one, {"step": 7})
+    network = encoder()
+    facts = extract.checkpoint_facts(network, {"step": 7})
     assert facts == extract.checkpoint_facts(encoder(), {"step": 7})
+    other = jax.tree.map(lambda x: x * np.float32(1.001), network)
     assert facts["encoder"] != extract.checkpoint_facts(other, {"step": 7})["encoder"]
 
 
@@ -152,5 +129,5 @@ def test_settings_that_make_no_sense_are_refused(fields, message):
 
 
 def test_a_layer_that_the_model_has_not_is_refused(mesh):
-    with pytest.raises(ValueError, match="layer 3 was asked for, the model has 0 to 2"):
+    with pytest.raises(ValueError, match="layer 3 was asked for, the model has 0 to 1"):
         extract.layer_source(encoder(), {}, layer=3, mesh=mesh)

@@ -79,19 +79,20 @@ def cut(blocks: Iterable[np.ndarray], max_samples: int) -> Iterator[tuple[int, n
     end has no influence on where the cuts are.
     """
     start, held, num_held = 0, [np.zeros(0, np.int16)], 0
+    enough = 3 * max_samples // 2  # more than this: what a cut leaves can be cut again
     for block_S in blocks:
         held.append(block_S)
         num_held += len(block_S)
-        if num_held < 2 * max_samples:
+        if num_held <= enough:
             continue
         rest_S = np.concatenate(held)
-        while len(rest_S) >= 2 * max_samples:
+        while len(rest_S) > enough:
             stop = quietest(rest_S, max_samples // 2, max_samples)
             yield start, rest_S[:stop]
             start, rest_S = start + stop, rest_S[stop:]
         held, num_held = [rest_S], len(rest_S)
     rest_S = np.concatenate(held)
-    if len(rest_S) > max_samples:  # and less than twice that: both parts fit
+    if len(rest_S) > max_samples:
         low = max(len(rest_S) - max_samples, -(-len(rest_S) // 3))
         stop = quietest(rest_S, low, len(rest_S) - low)
         yield start, rest_S[:stop]

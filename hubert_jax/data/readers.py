@@ -14,24 +14,20 @@ Reading has two steps: `listing` says what there is, `recordings` opens it. An u
 path below the source's root, without the extension.
 """
 
-import gzip
 import io
 import os
 import pathlib
 import posixpath
 import re
-import tarfile
-import zlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import BinaryIO, NamedTuple
 
 import numpy as np
 import soundfile
 
-from hubert_jax.data import alignments, audio
+from hubert_jax.data import alignments, archives, audio
 
 KINDS = ("folder", "librispeech", "tsv", "synth")
-ARCHIVES = (".tar.gz", ".tgz", ".tar")
 BESIDE = (*alignments.SUFFIXES, ".txt")
 LIBRISPEECH_NAME = re.compile(r"(\d+)-(\d+)-\d+")  # speaker-chapter-utterance
 NUM_PROBED = 50  # files whose headers are read, to know about how much audio there is
@@ -43,7 +39,7 @@ class Source(NamedTuple):
 
     @property
     def is_archive(self) -> bool:
-        return self.path.endswith(ARCHIVES)
+        return self.kind == "librispeech" and self.path.endswith(archives.SUFFIXES)
 
     def __str__(self) -> str:
         return f"{self.kind}:{self.path}" if self.path else self.kind
@@ -90,9 +86,9 @@ def parse(specification: str) -> list[Source]:
         if part == "synth":
             source = Source("synth", "")
         elif colon and kind in KINDS:
-            source = Source(kind, path)
+            source = Source(kind, os.path.expanduser(path))
         else:  # a bare path
-            source = Source("folder", part)
+            source = Source("folder", os.path.expanduser(part))
         if source.kind == "synth" and source.path:
             raise ValueError(f"source {part!r}: synth takes no path, it is made from corpus.synth")
         if source.kind != "synth" and not os.path.exists(source.path):
@@ -108,7 +104,7 @@ def _archives_within(source: Source) -> list[Source]:
     """A folder of LibriSpeech archives is as many sources as archives."""
     if source.kind != "librispeech" or not os.path.isdir(source.path):
         return [source]
-    names = sorted(name for name in os.listdir(source.path) if name.endswith(ARCHIVES))
+    names = sorted(name for name in os.listdir(source.path) if name.endswith(archives.SUFFIXES))
     return [Source(source.kind, os.path.join(source.path, name)) for name in names] or [source]
 
 
@@ -120,7 +116,7 @@ def listing(
     `report` is told the compressed bytes read of an archive: listing one takes a pass over it.
     Raises ValueError where there is nothing, or where something points out of the source.
     """
-    if source.kind == "librispeech" and source.is_archive:
+    if source.is_archive:
         found = _list_archive(source, report)
     elif source.kind == "tsv":
         found = _probed(_list_manifest(source, speaker_pattern))
@@ -138,7 +134,7 @@ def recordings(source: Source, items: Sequence[Item]) -> Iterator[Recording]:
             yield Recording(item, None)
         return
     wanted = {item.path: item for item in items}
-    for member, data in _members(source.path, wanted.__contains__):
+    for member, data in archives.members(source.path, wanted.__contains__):
         yield Recording(wanted.pop(member), data)
         if not wanted:
             return
@@ -255,7 +251,7 @@ def _list_archive(source: Source, report: Callable[[float], None]) -> Listing:
     texts: dict[str, str] = {}
     seconds, num_bytes = 0.0, 0
     endings = (".trans.txt", *audio.SUFFIXES)
-    for member, data in _members(source.path, lambda name: name.endswith(endings), report):
+    for member, data in archives.members(source.path, lambda name: name.endswith(endings), report):
         stem, suffix = posixpath.splitext(posixpath.basename(member))
         match = LIBRISPEECH_NAME.fullmatch(stem)
         if member.endswith(".trans.txt"):
@@ -272,42 +268,6 @@ def _list_archive(source: Source, report: Callable[[float], None]) -> Listing:
             f"Unpack others and read them with folder:PATH"
         )
     return Listing(_with_text(items, texts), seconds / max(num_bytes, 1))
-
-
-def _members(
-    path: str, wanted: Callable[[str], bool], report: Callable[[float], None] = lambda _: None
-) -> Iterator[tuple[str, bytes]]:
-    """(name, contents) of the files of an archive that are `wanted`, in one pass.
-
-    Links and devices are left out. `report` is told the bytes read of the archive.
-    """
-    with open(path, "rb") as compressed:
-        is_gzip = compressed.read(2) == b"\x1f\x8b"
-        compressed.seek(0)
-        reported = 0
-        # Not tarfile's own decompression: that takes a file which ends early for a whole one.
-        stream = gzip.GzipFile(fileobj=compressed) if is_gzip else compressed
-        try:
-            with tarfile.open(fileobj=stream, mode="r|") as archive:
-                for member in archive:
-                    if posixpath.isabs(member.name) or ".." in member.name.split("/"):
-                        raise ValueError(
-                            f"{path}: member {member.name!r} points out of the archive; "
-                            f"it is damaged or malicious and was not read further"
-                        )
-                    if member.isfile() and wanted(member.name):
-                        file = archive.extractfile(member)
-                        assert file is not None
-                        yield member.name, file.read()
-                    report(compressed.tell() - reported)
-                    reported = compressed.tell()
-            while stream.read(2**20):  # padding, then the checksum
-                pass
-        except (tarfile.TarError, zlib.error, EOFError, OSError) as error:
-            raise ValueError(
-                f"{path}: broken after {compressed.tell()} of {os.path.getsize(path)} bytes "
-                f"({error}); download it again"
-            ) from error
 
 
 def _transcripts(text: bytes, path: str) -> dict[str, str]:

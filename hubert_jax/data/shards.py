@@ -67,7 +67,8 @@ def make(
             report(recording.item.num_bytes * task.seconds_per_byte)
             num_left[name] -= 1
             if num_left[name] == 0:
-                writers.pop(name).finish()
+                writers[name].finish()
+                del writers[name]
     except BaseException as error:
         for writer in writers.values():
             writer.discard(error)
@@ -202,7 +203,8 @@ def _make_synth(
                 writers[split].add([_synth_record(utterance)], [], frames.SAMPLE_RATE)
                 report(num_samples / frames.SAMPLE_RATE)
         for split in list(writers):
-            writers.pop(split).finish()
+            writers[split].finish()
+            del writers[split]
     except BaseException as error:
         for writer in writers.values():
             writer.discard(error)

@@ -8,27 +8,27 @@
     full passes   Lloyd: every centre becomes the mean of its frames; no centre is left empty
 
 Distances are matmuls over a few thousand frames at a time. Frames are split over the devices of a
-mesh; everything that depends on chance is drawn on the host or on one device, so that the number of
-devices changes nothing but the order of float32 sums. Sources: Sculley (2010) for the mini-batches,
+mesh; whatever depends on chance is drawn on the host and seeding runs on one device, so the number
+of devices changes nothing but the order of float32 sums. Sources: Sculley (2010) for mini-batches,
 scikit-learn's MiniBatchKMeans for when they end.
 
 N rows (frames), D width, C codes, R restarts, G groups (chunks) of rows
 """
 
 import collections
-from collections.abc import Callable, Sequence
 import contextlib
 import dataclasses
 import functools
 import math
 import types
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
-import numpy as np
 
 from hubert_jax.ops import plus_plus, rows
 
@@ -89,11 +89,11 @@ class KMeans(NamedTuple):
     num_lloyd_passes: int
 
 
-StartBar = Callable[[str, int], contextlib.AbstractContextManager[Any]]
+StartBar = Callable[[str, int | None], contextlib.AbstractContextManager[Any]]
 
 
-def _no_bar(title: str, total: int) -> contextlib.AbstractContextManager[Any]:
-    return contextlib.nullcontext(types.SimpleNamespace(advance=lambda num_rows: None))
+def _no_bar(title: str, total: int | None) -> contextlib.AbstractContextManager[Any]:
+    return contextlib.nullcontext(types.SimpleNamespace(advance=lambda num_rows, note=None: None))
 
 
 def fit(
@@ -108,8 +108,8 @@ def fit(
 
     `sharding` splits the rows of a batch over the devices. In a run of several processes each calls
     this with the same arguments, reads its own rows, and gets the same result. Each phase calls
-    `progress(title, total rows)` for a context manager with `advance(rows)`. Raises ValueError when
-    there are fewer rows, or fewer distinct rows, than codes.
+    `progress(title, total rows or None)` for a context manager with `advance(rows, note=text)`.
+    Raises ValueError when there are fewer rows, or fewer distinct rows, than codes.
     """
     reader = rows.Reader(shards, sharding)
     if reader.num_rows < config.num_codes:
@@ -117,15 +117,15 @@ def fit(
             f"{config.num_codes} codes for {reader.num_rows} frames: lower kmeans.num_codes or "
             "store more frames (features.sample_share)"
         )
-    key = jax.random.key(seed)
+    random = np.random.default_rng(seed)
     seed_rows = min(config.seed_rows, reader.num_rows)
     with progress("k-means seeding", seed_rows) as bar:
-        sample_ND = reader.sample(seed_rows, np.random.default_rng(seed))
-        centers_CD, counts_C = best_seeding(sample_ND, config, key=key)
+        sample_ND = reader.sample(seed_rows, random)
+        centers_CD, counts_C = best_seeding(sample_ND, config, random)
         bar.advance(seed_rows)
-    with progress("k-means mini-batches", config.max_passes * reader.num_rows) as bar:
+    with progress("k-means mini-batches", None) as bar:
         state = reader.replicate((centers_CD, counts_C))
-        state, num_batches = _mini_batches(reader, state, config, seed=seed, bar=bar)
+        state, num_batches = _mini_batches(reader, state, config, random, bar=bar)
 
     centers_CD, inertia = state[0], math.inf
     with progress("k-means full passes", (config.lloyd_passes + 1) * reader.num_rows) as bar:
@@ -133,14 +133,13 @@ def fit(
             before, sums = inertia, _full_pass(reader, centers_CD, bar=bar)
             inertia, counts_C = float(sums.inertia) / reader.num_rows, np.asarray(sums.counts_C)
             settled = inertia >= (1 - config.lloyd_tolerance) * before
+            bar.advance(0, note=f"inertia {inertia:.5g}")
             if counts_C.all() and (settled or num_lloyd >= config.lloyd_passes):
                 counts_C = counts_C.astype(np.int64)
                 return KMeans(np.asarray(centers_CD), counts_C, inertia, num_batches, num_lloyd)
             centers_CD = _means(sums, centers_CD)
             if not counts_C.all():
-                key = jax.random.fold_in(key, num_lloyd)
-                full_C = counts_C > 0
-                centers_CD = refill(sample_ND, np.asarray(centers_CD), full_C, key=key)
+                centers_CD = refill(sample_ND, np.asarray(centers_CD), counts_C > 0, random)
                 centers_CD = reader.replicate(centers_CD)
     raise ValueError(
         f"{np.sum(counts_C == 0)} of {config.num_codes} clusters stay empty: too few of the "
@@ -263,23 +262,18 @@ def _sharded_sums(features_ND, num_valid, centers_CD, *, sharding: NamedSharding
 
 
 def best_seeding(
-    sample_ND: np.ndarray, config: KMeansConfig, *, key: jax.Array
+    sample_ND: np.ndarray, config: KMeansConfig, random: np.random.Generator
 ) -> tuple[np.ndarray, np.ndarray]:
     """Centres and their counts of the best restart on the sample. Runs on one device."""
-    centers_CD, counts_C = _best_seeding(
-        sample_ND,
-        key,
-        num_codes=config.num_codes,
-        num_restarts=config.num_restarts,
-        num_passes=config.seed_passes,
+    uniform_CRL = plus_plus.draws(
+        random, num_codes=config.num_codes, num_restarts=config.num_restarts
     )
-    return np.asarray(centers_CD), np.asarray(counts_C)
+    return jax.device_get(_best_seeding(sample_ND, uniform_CRL, num_passes=config.seed_passes))
 
 
-@functools.partial(jax.jit, static_argnames=("num_codes", "num_restarts", "num_passes"))
-def _best_seeding(sample_ND, key, *, num_codes: int, num_restarts: int, num_passes: int):
+@functools.partial(jax.jit, static_argnames="num_passes")
+def _best_seeding(sample_ND, uniform_CRL, *, num_passes: int):
     sample_ND = sample_ND.astype(jnp.float32)
-    centers_RCD = plus_plus.seed(sample_ND, num_codes=num_codes, num_restarts=num_restarts, key=key)
 
     def improve(centers_CD):
         def lloyd(_, centers_CD):
@@ -288,25 +282,29 @@ def _best_seeding(sample_ND, key, *, num_codes: int, num_restarts: int, num_pass
         centers_CD = jax.lax.fori_loop(0, num_passes, lloyd, centers_CD)
         return centers_CD, _sums(sample_ND, len(sample_ND), centers_CD)
 
-    centers_RCD, sums_R = jax.lax.map(improve, centers_RCD)
+    centers_RCD, sums_R = jax.lax.map(improve, plus_plus.seed(sample_ND, uniform_CRL))
     best = jnp.argmin(sums_R.inertia)
     return centers_RCD[best], sums_R.counts_C[best]
 
 
-@jax.jit
-def refill(sample_ND, centers_CD, kept_C, *, key: jax.Array) -> jax.Array:
-    """The centres with those that are not kept chosen anew among the sample."""
-    return plus_plus.refill(sample_ND.astype(jnp.float32), centers_CD, kept_C, key=key)
+def refill(sample_ND, centers_CD, kept_C, random: np.random.Generator) -> np.ndarray:
+    """The centres with those that are not kept chosen anew among the sample. On one device."""
+    uniform_C1L = plus_plus.draws(random, num_codes=len(centers_CD), num_restarts=1)
+    return jax.device_get(_refill(sample_ND, centers_CD, kept_C, uniform_C1L))
 
 
-def _mini_batches(reader: rows.Reader, state, config: KMeansConfig, *, seed: int, bar):
+_refill = jax.jit(plus_plus.refill)
+
+
+def _mini_batches(
+    reader: rows.Reader, state, config: KMeansConfig, random: np.random.Generator, *, bar
+):
     """State (centres, counts) after the mini-batches, and how many there were."""
     smoothing = min(1.0, 2 * config.batch_rows / (reader.num_rows + 1))  # scikit-learn's
     smoothed, lowest, since_lowest, num_batches = math.nan, math.inf, 0, 0
     pending: collections.deque[tuple[jax.Array, int]] = collections.deque()
-    for index in range(config.max_passes):
+    for _ in range(config.max_passes):
         state = (state[0], state[1] // FORGETTING)
-        random = np.random.default_rng([seed, index])
         for batch in reader.shuffled(config.batch_rows, random):
             state, inertia = _mini_batch(state, *batch, sharding=reader.sharding)
             num_batches += 1
@@ -317,6 +315,7 @@ def _mini_batches(reader: rows.Reader, state, config: KMeansConfig, *, seed: int
             inertia, num_rows = pending.popleft()
             now = float(inertia) / num_rows
             smoothed = now if math.isnan(smoothed) else smoothed + smoothing * (now - smoothed)
+            bar.advance(0, note=f"inertia {smoothed:.5g}")
             since_lowest = 0 if smoothed < lowest else since_lowest + 1
             lowest = min(lowest, smoothed)
             if since_lowest >= config.patience:

@@ -13,41 +13,50 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 EXACT = jax.lax.Precision.HIGHEST
 
 
-def seed(sample_ND, *, num_codes: int, num_restarts: int, key: jax.Array) -> jax.Array:
+def draws(random: np.random.Generator, *, num_codes: int, num_restarts: int) -> np.ndarray:
+    """Uniform numbers that choose the candidates, C x R x L: all the chance that seeding needs."""
+    num_candidates = 2 + int(math.log2(num_codes))
+    return random.random((num_codes, num_restarts, num_candidates), np.float32)
+
+
+def seed(sample_ND, uniform_CRL) -> jax.Array:
     """R independent choices of C centres among the rows: R x C x D."""
     rows = _Rows(sample_ND)
+    num_codes, num_restarts, _ = uniform_CRL.shape
     centers_RCD = jnp.zeros((num_restarts, num_codes, sample_ND.shape[1]))
     # Nothing is near a centre yet; infinity also makes the first draw an even one.
     nearest_NR = jnp.full((rows.num_rows, num_restarts), jnp.inf)
-    return _choose(rows, centers_RCD, nearest_NR, jnp.arange(num_codes), num_codes, key)
+    return _choose(rows, centers_RCD, nearest_NR, jnp.arange(num_codes), num_codes, uniform_CRL)
 
 
-def refill(sample_ND, centers_CD, kept_C, *, key: jax.Array) -> jax.Array:
+def refill(sample_ND, centers_CD, kept_C, uniform_C1L) -> jax.Array:
     """The centres with those not in `kept_C` chosen anew among the rows."""
     rows = _Rows(sample_ND)
     nearest_N = jnp.min(jnp.where(kept_C, rows.distances(centers_CD), jnp.inf), axis=1)
     empty_first_C = jnp.argsort(kept_C)
     num_empty = jnp.sum(~kept_C)
-    return _choose(rows, centers_CD[None], nearest_N[:, None], empty_first_C, num_empty, key)[0]
+    centers_1CD, nearest_N1 = centers_CD[None], nearest_N[:, None]
+    return _choose(rows, centers_1CD, nearest_N1, empty_first_C, num_empty, uniform_C1L)[0]
 
 
 class _Rows:
     """The sample around its mean, rows filled up to a whole number of groups."""
 
     def __init__(self, sample_ND):
+        self.rows_ND = jnp.asarray(sample_ND, jnp.float32)
         num_rows = len(sample_ND)
         self.num_groups = 2 ** math.ceil(math.log2(num_rows) / 2)
         filling = -num_rows % self.num_groups
         self.num_rows = num_rows + filling
         self.valid_N1 = (jnp.arange(self.num_rows) < num_rows)[:, None].astype(jnp.float32)
-        self.offset_D = jnp.mean(sample_ND, axis=0)
-        self.shifted_ND = jnp.pad(sample_ND - self.offset_D, ((0, filling), (0, 0)))
+        self.offset_D = jnp.mean(self.rows_ND, axis=0)
+        self.shifted_ND = jnp.pad(self.rows_ND - self.offset_D, ((0, filling), (0, 0)))
         self.squares_N1 = jnp.sum(self.shifted_ND * self.shifted_ND, axis=1, keepdims=True)
-        self.rows_ND = sample_ND
 
     def distances(self, points_PD):
         """Squared distances, N x P. What may be rounding alone is 0: no row is chosen twice."""
@@ -58,27 +67,24 @@ class _Rows:
         return jnp.where(distances_NP > 1e-6 * squares_NP, distances_NP, 0.0)
 
 
-def _choose(rows: _Rows, centers_RCD, nearest_NR, slots_C, num_slots, key) -> jax.Array:
+def _choose(rows: _Rows, centers_RCD, nearest_NR, slots_C, num_slots, uniform_CRL) -> jax.Array:
     """Fills the centres at the first `num_slots` of `slots_C`, one after the other."""
-    num_restarts, num_codes, width = centers_RCD.shape
-    num_candidates = 2 + int(math.log2(num_codes))
+    _, num_restarts, num_candidates = uniform_CRL.shape
     each_R = jnp.arange(num_restarts)
 
     def step(index, state):
         centers_RCD, nearest_NR = state
         weights_NR = rows.valid_N1 * jnp.where(jnp.isinf(nearest_NR), 1.0, nearest_NR)
-        drawn_RL = _draw(
-            weights_NR.reshape(-1, rows.num_groups, num_restarts),
-            jax.random.uniform(jax.random.fold_in(key, index), (num_restarts, num_candidates)),
-        )
-        candidates_RLD = rows.rows_ND[drawn_RL]
-        distances_NP = rows.distances(candidates_RLD.reshape(-1, width))
+        weights_MGR = weights_NR.reshape(-1, rows.num_groups, num_restarts)
+        candidates_RLD = rows.rows_ND[_draw(weights_MGR, uniform_CRL[index])]
+        distances_NP = rows.distances(candidates_RLD.reshape(num_restarts * num_candidates, -1))
         distances_NRL = distances_NP.reshape(-1, num_restarts, num_candidates)
         left_NRL = jnp.minimum(nearest_NR[..., None], distances_NRL)
         best_R = jnp.argmin(jnp.sum(rows.valid_N1[..., None] * left_NRL, axis=0), axis=1)
         centers_RCD = centers_RCD.at[:, slots_C[index]].set(candidates_RLD[each_R, best_R])
         return centers_RCD, left_NRL[:, each_R, best_R]
 
+    uniform_CRL = jnp.asarray(uniform_CRL)
     return jax.lax.fori_loop(0, num_slots, step, (centers_RCD, nearest_NR))[0]
 
 

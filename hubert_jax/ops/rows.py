@@ -8,15 +8,15 @@ N rows, D width
 """
 
 import collections
-from collections.abc import Iterator, Sequence
 import concurrent.futures
 import math
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import jax
+import numpy as np
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
-import numpy as np
 
 RUN_ROWS = 32  # shuffled rows come in runs of neighbours: fewer reads, and still many utterances
 READ_AHEAD = 3  # batches
@@ -78,7 +78,7 @@ class Reader:
         stretches = _stretches(np.sort(starts), self.num_rows)
         padded_rows = -(-num_runs * RUN_ROWS // self.num_devices) * self.num_devices
 
-        def local(index: tuple[slice, ...]) -> np.ndarray:
+        def local(index) -> np.ndarray:
             first, stop, _ = index[0].indices(padded_rows)
             return self._read(_cut(stretches, first, stop), stop - first)
 

@@ -58,7 +58,7 @@ def outputs(configs: Sequence[Any], workdir: epath.Path) -> str:
     if trained and last.features.kind == "layer":
         lines += [
             "units of other audio:",
-            f"  hubert export units --checkpoint={trained[-1]} --layer={last.features.layer}"
+            f"  hubert export units --checkpoint={trained[-1]}"
             f" --codebook={folder / 'codebook.npz'} --audio=FOLDER --out=FOLDER",
         ]
     return "\n".join(lines)

@@ -11,8 +11,8 @@ import soundfile
 import soxr
 
 import hubert_jax
-from hubert_jax import checkpoints, heads, model, train
-from hubert_jax.data import cards
+from hubert_jax import checkpoints, encode, heads, model, train, weights
+from hubert_jax.data import batches, cards
 from hubert_jax.ops import frames, windows
 from hubert_jax.stages import export
 
@@ -44,14 +44,23 @@ MODEL = dict(
 HEAD = dict(code_width=4, temperature=0.1, untied=False, code_init="normal")
 
 
+def random_model(fields):
+    """Parameters from numpy: nothing to compile, and layers that do something at this width."""
+    config, head = model.HubertConfig(**fields), heads.HeadConfig(**HEAD)
+    abstract = heads.abstract(config, head, (5,))
+    generator = np.random.default_rng(0)
+    arrays = {
+        name: generator.normal(size=like.shape, scale=0.2).astype(np.float32)
+        if len(like.shape) > 1 and "norm" not in name
+        else np.ones(like.shape, np.float32)
+        for name, like in weights.to_named(abstract).items()
+    }
+    return jax.tree.map(jax.numpy.asarray, weights.from_named(abstract, arrays))
+
+
 def write_checkpoint(folder, **changes):
     fields = MODEL | changes
-    hubert = heads.Hubert(
-        model.HubertConfig(**fields), heads.HeadConfig(**HEAD), (5,), key=jax.random.key(0)
-    )
-    # At this width the layers' own init does next to nothing to the residual stream.
-    layers = hubert.encoder.layers
-    hubert.encoder.layers = jax.tree.map(lambda x: 8 * x if x.ndim > 2 else x, layers)
+    hubert = random_model(fields)
     saved = checkpoints.Checkpoints(
         folder, checkpoints.CheckpointConfig(every=1, keep_last=1, keep_every=0)
     )
@@ -135,15 +144,19 @@ def test_features_of_files_are_those_of_the_call(exported, folder, loaded):
         stored_TD = np.load(exported / f"{id_}.npy")
         assert stored_TD.shape == (frames.num_frames(len(wave)), WIDTH)
         assert stored_TD.dtype == np.float32
-        np.testing.assert_allclose(stored_TD, loaded.features(wave, layer=LAYER), atol=2e-5)
+        np.testing.assert_allclose(
+            stored_TD, loaded.features(wave, layer=LAYER), atol=2e-5, rtol=1e-5
+        )
         assert np.abs(stored_TD - loaded.features(wave, layer=LAYER - 1)).max() > 0.1
     wave, rate = soundfile.read(folder / "speaker1/b.wav", dtype="float32")
     stored_TD = np.load(exported / "speaker1/b.npy")
     np.testing.assert_allclose(
-        stored_TD, loaded.features(wave, layer=LAYER, sample_rate=rate), atol=2e-5
+        stored_TD, loaded.features(wave, layer=LAYER, sample_rate=rate), atol=2e-5, rtol=1e-5
     )
     resampled = soxr.resample(wave, rate, 16_000)
-    np.testing.assert_allclose(stored_TD, loaded.features(resampled, layer=LAYER), atol=2e-5)
+    np.testing.assert_allclose(
+        stored_TD, loaded.features(resampled, layer=LAYER), atol=2e-5, rtol=1e-5
+    )
 
 
 def test_card_says_how_to_read_the_features(exported):
@@ -178,30 +191,53 @@ def test_export_goes_on_where_it_stopped(exported, checkpoint, folder, monkeypat
     assert names(exported) == GOOD
 
 
-def test_long_audio_is_as_in_one_pass(exported, folder, loaded, checkpoint):
+def test_long_audio_is_as_in_one_pass(exported, folder, loaded):
     wave, _ = soundfile.read(folder / "long.flac", dtype="float32")
     windowed_TD = np.load(exported / "long.npy")
-    np.testing.assert_allclose(windowed_TD, loaded.features(wave, layer=LAYER), atol=2e-5)
-    encoder, _ = checkpoints.load_encoder(checkpoint)
-    whole_TD = np.asarray(jax.jit(lambda w: encoder.features(w, layer=LAYER))(wave[None])[0])
+    np.testing.assert_allclose(
+        windowed_TD, loaded.features(wave, layer=LAYER), atol=2e-5, rtol=1e-5
+    )
+    one_pass = jax.jit(lambda wave_BS: loaded._encoder.features(wave_BS, layer=LAYER))
+    whole_TD = np.asarray(one_pass(wave[None])[0])
     assert windowed_TD.shape == whole_TD.shape
-    error_T = np.linalg.norm(windowed_TD - whole_TD, axis=1)
+
+    # A window hears less than the recording; measured against how much a frame differs from the
+    # next one, that is little, though this model is random and listens everywhere alike.
     step_T = np.linalg.norm(np.diff(whole_TD, axis=0), axis=1)
-    assert np.median(error_T) > 0 and error_T.max() < 0.1 * np.median(step_T)
-    # No frame of a seam moves on from the one before by more than in one pass.
-    windowed_step_T = np.linalg.norm(np.diff(windowed_TD, axis=0), axis=1)
-    starts = [1250, frames.num_frames(len(wave)) - windows.WINDOW]
-    for start in starts:
-        seam = slice(start - 2, start + windows.OVERLAP + 2)
-        excess_T = np.abs(windowed_step_T - step_T)[seam]
-        assert excess_T.max() < 0.02 * np.median(step_T)
+    error_T = np.linalg.norm(windowed_TD - whole_TD, axis=1)
+    assert 0 < np.median(error_T) < 0.05 * np.median(step_T)
+    assert error_T.max() < 0.2 * np.median(step_T)
+
+    # From a frame to the next, what the windows change is no more in the seam than far from it;
+    # where windows are put end to end without a fade, it is.
+    start = windows.WINDOW - windows.OVERLAP
+
+    def change(features_TD, frame):
+        return np.linalg.norm(
+            np.diff(features_TD[frame : frame + 2], axis=0)
+            - np.diff(whole_TD[frame : frame + 2], axis=0)
+        )
+
+    faded = [change(windowed_TD, frame) for frame in range(start - 1, windows.WINDOW)]
+    inside = [change(windowed_TD, frame) for frame in range(100, start - 100)]
+    longest = frames.num_samples(windows.WINDOW)
+    first_TD, second_TD = (
+        loaded.features(wave[frame * frames.HOP :][:longest], layer=LAYER) for frame in (0, start)
+    )
+    hard_TD = {
+        cut: np.concatenate([first_TD[:cut], second_TD[cut - start :]])
+        for cut in range(start + 1, windows.WINDOW)
+    }
+    hard = [change(joined_TD, cut - 1) for cut, joined_TD in hard_TD.items()]
+    assert np.median(faded) < np.median(inside)
+    assert np.max(faded) < np.max(inside) < 0.5 * np.max(hard)
 
 
 def test_units_expand_back(checkpoint, folder, loaded, exported, tmp_path):
     path, centers_CD = write_codebook(tmp_path / "codebook.npz", checkpoint, layer=LAYER)
     run("units", checkpoint, folder, tmp_path / "out", f"--codebook={path}")
     assert names(tmp_path / "out") == GOOD
-    lines = [json.loads(line) for line in (tmp_path / "out" / "units.jsonl").open()]
+    lines = [json.loads(x) for x in (tmp_path / "out" / "units.jsonl").read_text().splitlines()]
     assert {line["id"] for line in lines} == GOOD
     for line in lines:
         codes_T = np.load(tmp_path / "out" / f"{line['id']}.npy")
@@ -244,22 +280,27 @@ def test_call_refuses_what_is_no_wave(loaded):
         loaded.features(np.zeros(16_000), layer=4)
 
 
-def test_length_does_not_change_the_frames_of_a_clip(loaded):
-    """A clip padded to the ladder gives what it gives alone."""
+def test_padding_to_the_ladder_leaves_no_trace(loaded):
     wave = speechlike(1.0)
-    alone_TD = np.asarray(loaded._encoder.features(wave[None], layer=LAYER)[0])
-    np.testing.assert_allclose(loaded.features(wave, layer=LAYER), alone_TD, atol=2e-5)
+    alone = jax.jit(lambda wave_BS: loaded._encoder.features(wave_BS, layer=LAYER)[0])
+    np.testing.assert_allclose(
+        loaded.features(wave, layer=LAYER), alone(wave[None]), atol=2e-5, rtol=1e-5
+    )
 
 
-def test_large_models_see_whole_recordings_normalized(tmp_path):
+def test_large_models_get_whole_recordings_normalized(tmp_path):
     changes = dict(conv_norm="layer", normalize_audio=True)
     loaded = hubert_jax.load(write_checkpoint(tmp_path / "checkpoints", **changes))
-    wave = np.concatenate([0.1 * speechlike(20.0), speechlike(20.0, seed=1)]) + 0.05
-    normalized = ((wave - wave.mean()) / wave.std()).astype(np.float32)
+    wave = speechlike(2.5)
     features_TD = loaded.features(wave, layer=1)
-    np.testing.assert_allclose(features_TD, loaded.features(7 * normalized, layer=1), atol=2e-3)
-    first = loaded._encoder.features(normalized[None, :16_000], layer=1)
-    np.testing.assert_allclose(features_TD[:20], first[0, :20], atol=2e-2)
+    np.testing.assert_allclose(features_TD, loaded.features(wave + 0.3, layer=1), atol=1e-3)
+    encode_ = jax.jit(lambda wave_BS: loaded._encoder.features(wave_BS, layer=1)[0])
+    np.testing.assert_allclose(features_TD, encode_(batches.normalized(wave)[None]), atol=1e-4)
+    assert np.abs(features_TD - encode_(wave[None] + 0.3)).max() > 0.1
+    # In blocks as at once, and not window by window.
+    recording = encode.Recording("x", lambda: np.split(wave, [7, 20_000]))
+    normalized = np.concatenate(list(encode._normalized(recording)))
+    np.testing.assert_allclose(normalized, batches.normalized(wave), atol=1e-5)
 
 
 def test_corpus_is_exported_by_its_ids(checkpoint, loaded, monkeypatch, tmp_path):

@@ -63,7 +63,7 @@ def test_every_arrow_of_every_iteration_in_order(walked, tmp_path, capsys):
     assert walked.calls == expected[:-1]  # units does not train
     out = capsys.readouterr().out
     assert "[it2 3/4] label" in out and "[units 3/3] label" in out
-    assert f"hubert export units --checkpoint={tmp_path}/it2/checkpoints --layer=6" in out
+    assert f"hubert export units --checkpoint={tmp_path}/it2/checkpoints --codebook=" in out
     assert "no scores" in out
 
 
