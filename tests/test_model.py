@@ -2,6 +2,7 @@
 """The encoder does things in the reference's order, and its modes compute the same numbers."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,7 @@ from hubert_jax.model import PositionConv, gelu, scale_gradient
 from hubert_jax.ops import frames, losses
 from tests import tiny
 
-SAMPLES = 16_000
+SAMPLES = 12_800
 WAVE_BS = np.random.default_rng(0).normal(size=(2, SAMPLES)).astype(np.float32)
 T = frames.num_frames(SAMPLES)
 
@@ -27,13 +28,16 @@ def encoder(request):
 
 
 def test_frames_are_those_of_the_arithmetic(encoder):
-    assert encoder.extract(WAVE_BS).shape == (2, T, 16)
-    assert encoder.features(WAVE_BS, layer=0).shape == (2, T, 32)
+    assert tiny.extract(encoder, WAVE_BS).shape == (2, T, 16)
+    assert tiny.features(encoder, WAVE_BS, layer=0).shape == (2, T, 32)
 
 
-def test_base_ignores_gain_and_offset_and_large_does_not():
-    base, large = (tiny.model(config).encoder.extract for config in (tiny.BASE, tiny.LARGE))
-    louder_BS = 3.0 * WAVE_BS
+def test_base_ignores_gain_and_offset_and_large_hears_the_offset():
+    base, large = (
+        functools.partial(tiny.extract, tiny.model(config).encoder)
+        for config in (tiny.BASE, tiny.LARGE)
+    )
+    louder_BS = 3.0 * WAVE_BS + 1.0
     np.testing.assert_allclose(base(louder_BS), base(WAVE_BS), atol=1e-4)
     assert np.abs(large(louder_BS) - large(WAVE_BS)).max() > 1e-3
 
@@ -41,15 +45,16 @@ def test_base_ignores_gain_and_offset_and_large_does_not():
 def test_gradient_scale_reaches_the_convolutions_and_the_penalty_alone():
     """The penalty comes after the scale: its gradient is scaled too; nothing else changes."""
 
+    @functools.cache
     def gradient(scale, loss):
         model = tiny.model(dataclasses.replace(tiny.BASE, gradient_scale=scale))
-        return jax.grad(loss)(model.encoder)
+        return jax.jit(jax.grad(loss))(model.encoder)
 
     def task(encoder):
-        return jnp.sum(jnp.sin(encoder.contextualize(encoder.extract(WAVE_BS))))
+        return jnp.sum(jnp.sin(tiny.contextualize(encoder, tiny.extract(encoder, WAVE_BS))))
 
     def penalty(encoder):
-        return losses.feature_penalty(encoder.extract(WAVE_BS))
+        return losses.feature_penalty(tiny.extract(encoder, WAVE_BS))
 
     for loss in (task, penalty):
         one, tenth = gradient(1.0, loss), gradient(0.1, loss)
@@ -62,21 +67,21 @@ def test_gradient_scale_reaches_the_convolutions_and_the_penalty_alone():
 
 def test_a_masked_frame_shows_nothing_of_the_audio(encoder):
     mask_BT = jnp.ones((2, T), bool)
-    conv_BTC = encoder.extract(WAVE_BS)
-    hidden = encoder.contextualize(conv_BTC, mask_BT=mask_BT)
-    np.testing.assert_array_equal(hidden, encoder.contextualize(-conv_BTC, mask_BT=mask_BT))
+    conv_BTC = tiny.extract(encoder, WAVE_BS)
+    hidden = tiny.contextualize(encoder, conv_BTC, mask_BT=mask_BT)
+    np.testing.assert_array_equal(hidden, tiny.contextualize(encoder, -conv_BTC, mask_BT=mask_BT))
     # one visible frame is seen by all
-    seen = encoder.contextualize(conv_BTC, mask_BT=mask_BT.at[:, 7].set(False))
+    seen = tiny.contextualize(encoder, conv_BTC, mask_BT=mask_BT.at[:, 7].set(False))
     assert (np.abs(seen - hidden).max(axis=-1) > 1e-6).all()
 
 
 def test_masking_comes_after_the_input_dropout():
     config = dataclasses.replace(tiny.BASE, input_dropout=0.5)
     encoder = tiny.model(config).encoder
-    conv_BTC, mask_BT = encoder.extract(WAVE_BS), jnp.ones((2, T), bool)
-    draws = [encoder.contextualize(conv_BTC, mask_BT=mask_BT, key=jax.random.key(i)) for i in (0, 1)]
+    conv_BTC, mask_BT = tiny.extract(encoder, WAVE_BS), jnp.ones((2, T), bool)
+    draws = [tiny.contextualize(encoder, conv_BTC, mask_BT=mask_BT, key=jax.random.key(i)) for i in (0, 1)]
     np.testing.assert_array_equal(*draws)
-    visible = [encoder.contextualize(conv_BTC, key=jax.random.key(i)) for i in (0, 1)]
+    visible = [tiny.contextualize(encoder, conv_BTC, key=jax.random.key(i)) for i in (0, 1)]
     assert np.abs(visible[0] - visible[1]).max() > 1e-3
 
 
@@ -84,7 +89,8 @@ def test_position_convolution_sees_64_frames_back_and_63_ahead():
     conv = PositionConv(tiny.BASE, key=jax.random.key(0))
     x_BTD = jax.random.normal(jax.random.key(1), (1, 200, 32))
     at = 100
-    seen_T = np.abs(jax.grad(lambda x: conv(x)[0, at].sum())(x_BTD)[0]).sum(axis=-1) > 0
+    gradient_BTD = jax.jit(jax.grad(lambda x: conv(x)[0, at].sum()))(x_BTD)
+    seen_T = np.abs(gradient_BTD[0]).sum(axis=-1) > 0
     assert np.flatnonzero(seen_T)[[0, -1]].tolist() == [at - 64, at + 63]
 
 
@@ -96,7 +102,7 @@ def test_position_convolution_is_a_grouped_convolution(num_frames):
         x_BTD, conv.weight(), (1,), [(64, 63)], dimension_numbers=("NWC", "WIO", "NWC"),
         feature_group_count=tiny.BASE.position_groups,
     )  # fmt: skip
-    np.testing.assert_allclose(conv(x_BTD), gelu(want_BTD + conv.bias[...]), atol=1e-5)
+    np.testing.assert_allclose(jax.jit(conv)(x_BTD), gelu(want_BTD + conv.bias[...]), atol=1e-5)
 
 
 def test_position_kernel_starts_normalised():
@@ -110,24 +116,24 @@ def test_layer_l_needs_only_the_first_l_layers(encoder):
         return jax.tree.map(lambda p: p.at[layer:].set(jnp.nan), encoder.layers)
 
     for layer in range(encoder.config.num_layers + 1):
-        want = encoder.features(WAVE_BS, layer=layer)
+        want = tiny.features(encoder, WAVE_BS, layer=layer)
         kept = encoder.layers
         encoder.layers = spoiled_after(layer)
-        np.testing.assert_array_equal(encoder.features(WAVE_BS, layer=layer), want)
+        np.testing.assert_array_equal(tiny.features(encoder, WAVE_BS, layer=layer), want)
         encoder.layers = kept
 
 
 def test_last_norm_belongs_to_the_output_and_not_to_the_features():
     for config, differs in ((tiny.BASE, False), (tiny.LARGE, True)):
         encoder = tiny.model(config).encoder
-        output = encoder.contextualize(encoder.extract(jnp.asarray(WAVE_BS)))
-        features = encoder.features(WAVE_BS, layer=config.num_layers)
+        output = tiny.contextualize(encoder, tiny.extract(encoder, jnp.asarray(WAVE_BS)))
+        features = tiny.features(encoder, WAVE_BS, layer=config.num_layers)
         assert (np.abs(output - features).max() > 1e-3) == differs
 
 
 def test_an_impossible_layer_is_named(encoder):
     with pytest.raises(ValueError, match="layer 4: this model has layers 0 to 3"):
-        encoder.features(WAVE_BS, layer=4)
+        tiny.features(encoder, WAVE_BS, layer=4)
 
 
 # --- padding
@@ -137,14 +143,21 @@ def test_an_impossible_layer_is_named(encoder):
 def test_exact_padding_gives_an_utterance_the_same_features_in_any_batch(kind):
     encoder = tiny.model(tiny.KINDS[kind]).encoder
     rng = np.random.default_rng(3)
-    lengths_B = np.array([400, 5_000, 12_345, 16_000])
+    lengths_B = np.array([400, 9_999, SAMPLES])
     waves = [rng.normal(size=n).astype(np.float32) for n in lengths_B]
-    padded_BS = np.stack([np.pad(wave, (0, 16_000 - len(wave))) for wave in waves])
-    for layer in range(encoder.config.num_layers + 1):
-        together = encoder.features(padded_BS, layer=layer, num_samples_B=lengths_B)
-        for wave_S, batch_TD in zip(waves, together, strict=True):
-            alone_TD = encoder.features(wave_S[None], layer=layer)[0]
-            np.testing.assert_allclose(batch_TD[: len(alone_TD)], alone_TD, atol=1e-5)
+    padded_BS = np.stack([np.pad(wave, (0, SAMPLES - len(wave))) for wave in waves])
+    together = all_layers(encoder, padded_BS, lengths_B)
+    for row, wave_S in enumerate(waves):
+        alone = all_layers(encoder, wave_S[None], None)
+        for batch_BTD, alone_BTD in zip(together, alone, strict=True):
+            num_frames = alone_BTD.shape[1]
+            np.testing.assert_allclose(batch_BTD[row, :num_frames], alone_BTD[0], atol=1e-5)
+
+
+@jax.jit
+def all_layers(encoder, wave_BS, num_samples_B):
+    layers = range(encoder.config.num_layers + 1)
+    return [encoder.features(wave_BS, layer=n, num_samples_B=num_samples_B) for n in layers]
 
 
 def test_reference_padding_differs_for_base():
@@ -152,7 +165,7 @@ def test_reference_padding_differs_for_base():
     padded_BS = np.pad(WAVE_BS, ((0, 0), (0, SAMPLES)))
     lengths_B = np.full(2, SAMPLES)
     exact, reference = (
-        encoder.features(padded_BS, layer=1, num_samples_B=lengths_B, padding=padding)[:, :T]
+        tiny.features(encoder, padded_BS, layer=1, num_samples_B=lengths_B, padding=padding)[:, :T]
         for padding in ("exact", "reference")
     )
     assert np.abs(exact - reference).max() > 1e-3
@@ -169,10 +182,11 @@ def loss_and_gradient(model, key=None):
     return jax.value_and_grad(loss), model
 
 
-@pytest.mark.parametrize("kind", tiny.KINDS)
-@pytest.mark.parametrize("dropout", [0.0, 0.1])
+@pytest.mark.parametrize(("kind", "dropout"), [("base", 0.1), ("large", 0.0)])
 def test_scan_equals_loop_and_remat_equals_none(kind, dropout):
-    plain = dataclasses.replace(tiny.KINDS[kind], dropout=dropout, layer_drop=dropout)
+    plain = dataclasses.replace(
+        tiny.KINDS[kind], num_layers=2, dropout=dropout, layer_drop=dropout
+    )
     modes = [
         plain,
         dataclasses.replace(plain, unroll="yes"),
@@ -195,17 +209,17 @@ def test_scan_equals_loop_and_remat_equals_none(kind, dropout):
 def test_layer_drop_skips_whole_layers_of_the_batch():
     config = dataclasses.replace(tiny.LARGE, layer_drop=1.0)
     model = tiny.model(config)
-    conv_BTC = model.encoder.extract(WAVE_BS)
-    dropped = model.encoder.contextualize(conv_BTC, num_layers=3, key=jax.random.key(0))
-    np.testing.assert_array_equal(dropped, model.encoder.contextualize(conv_BTC, num_layers=0))
+    conv_BTC = tiny.extract(model.encoder, WAVE_BS)
+    dropped = tiny.contextualize(model.encoder, conv_BTC, num_layers=3, key=jax.random.key(0))
+    np.testing.assert_array_equal(dropped, tiny.contextualize(model.encoder, conv_BTC, num_layers=0))
 
 
 def test_bfloat16_stays_near_float32_and_keeps_float32_parameters():
     half = tiny.model(dataclasses.replace(tiny.BASE, compute_dtype="bfloat16"))
     assert {leaf.dtype for leaf in jax.tree.leaves(half)} == {jnp.dtype("float32")}
-    assert half.encoder.extract(WAVE_BS).dtype == jnp.bfloat16
-    exact = tiny.model(tiny.BASE).encoder.features(WAVE_BS, layer=3)
-    difference = np.abs(half.encoder.features(WAVE_BS, layer=3) - exact)
+    assert tiny.extract(half.encoder, WAVE_BS).dtype == jnp.bfloat16
+    exact = tiny.features(tiny.model(tiny.BASE).encoder, WAVE_BS, layer=3)
+    difference = np.abs(tiny.features(half.encoder, WAVE_BS, layer=3) - exact)
     assert 1e-4 < difference.max() < 0.2
 
 
@@ -244,7 +258,7 @@ def test_several_label_sets_tied_and_untied():
     for untied in (False, True):
         head = dataclasses.replace(tiny.HEAD, untied=untied)
         model = tiny.model(tiny.BASE, num_codes=(12, 7), head=head)
-        logits, _ = model(WAVE_BS, mask_BT)
+        logits, _ = jax.jit(model)(WAVE_BS, mask_BT)
         assert [x.shape for x in logits] == [(2, T, 12), (2, T, 7)]
         assert model.head.kernel[...].shape == (2 if untied else 1, 32, 8)
         assert model.head.codes_CE[...].shape == (19, 8)

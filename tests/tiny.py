@@ -2,6 +2,7 @@
 """The smallest models that still have every part, for all tests."""
 
 import dataclasses
+import functools
 
 import jax
 
@@ -24,3 +25,18 @@ KINDS = {"base": BASE, "large": LARGE}
 
 def model(config: HubertConfig = BASE, *, num_codes=(12,), head: HeadConfig = HEAD) -> Hubert:
     return Hubert(config, head, num_codes, key=jax.random.key(0))
+
+
+@functools.partial(jax.jit, static_argnames=("layer", "padding"))
+def features(encoder, wave_BS, *, layer, num_samples_B=None, padding="exact"):
+    return encoder.features(wave_BS, layer=layer, num_samples_B=num_samples_B, padding=padding)
+
+
+@jax.jit
+def extract(encoder, wave_BS):
+    return encoder.extract(wave_BS)
+
+
+@functools.partial(jax.jit, static_argnames="num_layers")
+def contextualize(encoder, conv_BTC, *, mask_BT=None, num_layers=None, key=None):
+    return encoder.contextualize(conv_BTC, mask_BT=mask_BT, num_layers=num_layers, key=key)

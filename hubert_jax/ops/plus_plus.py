@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""k-means++: centres drawn from the data, each far from those before it.
+"""k-means++: centres drawn from the data, each far from those before it; and swaps.
 
 Every new centre is the best of 2 + log2(C) candidates, which are drawn with probability
 proportional to their squared distance from the nearest centre so far (Arthur and Vassilvitskii,
 2007, section 5: the greedy form). All restarts go in step, so that one matmul a centre gives the
-distances of all candidates of all restarts.
+distances of all candidates of all restarts. Swaps (Lattanzi and Sohler, 2019) then move a centre
+of little use, one of two in the same cluster, to where one is missing; Lloyd's passes cannot.
 
-N rows, D width, C codes, R restarts, L candidates, P points (R x L), G groups of M rows
+N rows, D width, C codes, R restarts, L candidates, S swaps, P points (R x L), G groups of M rows
 """
 
 import math
@@ -20,8 +21,11 @@ EXACT = jax.lax.Precision.HIGHEST
 
 def draws(random: np.random.Generator, *, num_codes: int, num_restarts: int) -> np.ndarray:
     """Uniform numbers that choose the candidates, C x R x L: all the chance that seeding needs."""
-    num_candidates = 2 + int(math.log2(num_codes))
-    return random.random((num_codes, num_restarts, num_candidates), np.float32)
+    return random.random((num_codes, num_restarts, num_candidates(num_codes)), np.float32)
+
+
+def num_candidates(num_codes: int) -> int:
+    return 2 + int(math.log2(num_codes))
 
 
 def seed(sample_ND, uniform_CRL) -> jax.Array:
@@ -42,6 +46,38 @@ def refill(sample_ND, centers_CD, kept_C, uniform_C1L) -> jax.Array:
     num_empty = jnp.sum(~kept_C)
     centers_1CD, nearest_N1 = centers_CD[None], nearest_N[:, None]
     return _choose(rows, centers_1CD, nearest_N1, empty_first_C, num_empty, uniform_C1L)[0]
+
+
+def swap(sample_ND, centers_CD, uniform_SL) -> jax.Array:
+    """The centres after S attempts to do better without the one that is missed least.
+
+    Holds the sample's N x C distances.
+    """
+    rows = _Rows(sample_ND)
+    valid_N = rows.valid_N1[:, 0]
+    codes_C1 = jnp.arange(len(centers_CD))[:, None]
+
+    def attempt(index, state):
+        centers_CD, distances_CN = state
+        nearest_N = jnp.min(distances_CN, axis=0)
+        code_N = jnp.min(jnp.where(distances_CN == nearest_N, codes_C1, len(centers_CD)), axis=0)
+        second_N = jnp.min(jnp.where(codes_C1 == code_N, jnp.inf, distances_CN), axis=0)
+        loss_C = jnp.zeros(len(centers_CD)).at[code_N].add(valid_N * (second_N - nearest_N))
+        out = jnp.argmin(loss_C)
+        without_N = jnp.where(code_N == out, second_N, nearest_N)
+        candidates_LD, distances_NL = rows.draw(
+            (valid_N * without_N)[:, None], uniform_SL[index][None]
+        )
+        total_L = valid_N @ jnp.minimum(without_N[:, None], distances_NL)
+        best = jnp.argmin(total_L)
+        is_better = total_L[best] < valid_N @ nearest_N
+        center_D = jnp.where(is_better, candidates_LD[best], centers_CD[out])
+        column_N = jnp.where(is_better, distances_NL[:, best], distances_CN[out])
+        return centers_CD.at[out].set(center_D), distances_CN.at[out].set(column_N)
+
+    state = (centers_CD, rows.distances(centers_CD).T)
+    uniform_SL = jnp.asarray(uniform_SL)
+    return jax.lax.fori_loop(0, len(uniform_SL), attempt, state)[0]
 
 
 class _Rows:
@@ -66,23 +102,26 @@ class _Rows:
         distances_NP = squares_NP - 2.0 * products_NP
         return jnp.where(distances_NP > 1e-6 * squares_NP, distances_NP, 0.0)
 
+    def draw(self, weights_NR, uniform_RL):
+        """Candidates drawn in proportion to weight, P x D, and every row's distance from them."""
+        weights_MGR = weights_NR.reshape(-1, self.num_groups, weights_NR.shape[1])
+        candidates_PD = self.rows_ND[_draw(weights_MGR, uniform_RL).reshape(-1)]
+        return candidates_PD, self.distances(candidates_PD)
+
 
 def _choose(rows: _Rows, centers_RCD, nearest_NR, slots_C, num_slots, uniform_CRL) -> jax.Array:
     """Fills the centres at the first `num_slots` of `slots_C`, one after the other."""
-    _, num_restarts, num_candidates = uniform_CRL.shape
-    each_R = jnp.arange(num_restarts)
+    shape_RL = uniform_CRL.shape[1:]
+    each_R = jnp.arange(shape_RL[0])
 
     def step(index, state):
         centers_RCD, nearest_NR = state
         weights_NR = rows.valid_N1 * jnp.where(jnp.isinf(nearest_NR), 1.0, nearest_NR)
-        weights_MGR = weights_NR.reshape(-1, rows.num_groups, num_restarts)
-        candidates_RLD = rows.rows_ND[_draw(weights_MGR, uniform_CRL[index])]
-        distances_NP = rows.distances(candidates_RLD.reshape(num_restarts * num_candidates, -1))
-        distances_NRL = distances_NP.reshape(-1, num_restarts, num_candidates)
-        left_NRL = jnp.minimum(nearest_NR[..., None], distances_NRL)
+        candidates_PD, distances_NP = rows.draw(weights_NR, uniform_CRL[index])
+        left_NRL = jnp.minimum(nearest_NR[..., None], distances_NP.reshape(-1, *shape_RL))
         best_R = jnp.argmin(jnp.sum(rows.valid_N1[..., None] * left_NRL, axis=0), axis=1)
-        centers_RCD = centers_RCD.at[:, slots_C[index]].set(candidates_RLD[each_R, best_R])
-        return centers_RCD, left_NRL[:, each_R, best_R]
+        chosen_RD = candidates_PD.reshape(*shape_RL, -1)[each_R, best_R]
+        return centers_RCD.at[:, slots_C[index]].set(chosen_RD), left_NRL[:, each_R, best_R]
 
     uniform_CRL = jnp.asarray(uniform_CRL)
     return jax.lax.fori_loop(0, num_slots, step, (centers_RCD, nearest_NR))[0]
