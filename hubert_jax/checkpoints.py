@@ -58,12 +58,12 @@ class Checkpoints:
 
         Raises ValueError when the checkpoint is of another shape.
         """
-        step = self.latest_step
-        card = read_card(self.folder / str(step))
-        model = _restore(self._manager, step, "params", state.model, card)
-        opt_state = _restore(self._manager, step, "optimizer", state.opt_state, card)
-        step_array = jax.device_put(jax.numpy.asarray(step, state.step.dtype), state.step.sharding)
-        return State(step_array, model, opt_state)
+        step = resolve(self.folder)
+        return State(
+            step=jax.numpy.full_like(state.step, int(step.name)),
+            model=_restore(step / "params", state.model),
+            opt_state=_restore(step / "optimizer", state.opt_state),
+        )
 
     def close(self) -> None:
         """Waits until everything is on disk."""
@@ -71,17 +71,19 @@ class Checkpoints:
         self._manager.close()
 
 
-def _restore(manager, step: int, item: str, like, card: dict):
-    stored = manager.item_metadata(step)[item]
-    stored = {name: array for name, array in dict(stored).items()}
-    template = weights.from_named(like, stored)  # the same names and shapes, or an error
-    del template
-    target = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding),
-        weights.to_named(like),
-    )
-    args = ocp.args.Composite(**{item: ocp.args.StandardRestore(target)})
-    return weights.from_named(like, manager.restore(step, args=args)[item])
+def _restore(path: epath.Path, like):
+    """The arrays at `path` in the tree and with the shardings of `like`."""
+    with ocp.StandardCheckpointer() as checkpointer:
+        stored = checkpointer.metadata(path).item_metadata.tree
+        try:
+            weights.from_named(like, stored)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}; it was trained with another config") from error
+        target = {
+            name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
+            for name, x in weights.to_named(like).items()
+        }
+        return weights.from_named(like, checkpointer.restore(path, target))
 
 
 def resolve(path) -> epath.Path:
@@ -115,13 +117,8 @@ def load_model(path) -> tuple[Hubert, dict]:
         HubertConfig(**card["model"]), HeadConfig(**card["head"]), tuple(card["num_codes"])
     )
     sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    target = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
-        weights.to_named(model),
-    )
-    with ocp.StandardCheckpointer() as checkpointer:
-        params = checkpointer.restore(path / "params", target)
-    return weights.from_named(model, params), card
+    like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), model)
+    return _restore(path / "params", like), card
 
 
 def load_encoder(path) -> tuple[Encoder, dict]:

@@ -7,7 +7,6 @@ B batch, T frames, D width, C codes, E code width, G label sets (clusterings)
 import dataclasses
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 
 from hubert_jax.model import Encoder, HubertConfig, torch_uniform
@@ -65,9 +64,7 @@ class CodePrediction(nnx.Module):
 class Hubert(nnx.Module):
     """The model that is pretrained: an encoder and its code prediction."""
 
-    def __init__(
-        self, config: HubertConfig, head: HeadConfig, num_codes: tuple[int, ...], *, key
-    ):
+    def __init__(self, config: HubertConfig, head: HeadConfig, num_codes: tuple[int, ...], *, key):
         encoder_key, head_key = jax.random.split(key)
         self.encoder = Encoder(config, key=encoder_key)
         self.head = CodePrediction(head, config.width, num_codes, key=head_key)
@@ -83,4 +80,3 @@ class Hubert(nnx.Module):
 def abstract(config: HubertConfig, head: HeadConfig, num_codes: tuple[int, ...]) -> Hubert:
     """The model's shapes without its arrays."""
     return jax.eval_shape(lambda: Hubert(config, head, num_codes, key=jax.random.key(0)))
-

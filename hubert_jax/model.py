@@ -12,6 +12,7 @@ L layers, G groups, P taps of the position convolution
 
 import dataclasses
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -159,7 +160,9 @@ class Encoder(nnx.Module):
                 return layer(x_BTD, valid_BT, key=key), None
             drop_key, key = jax.random.split(key)
             kept = jax.random.bernoulli(drop_key, 1 - config.layer_drop)
-            return jax.lax.cond(kept, lambda x: layer(x, valid_BT, key=key), lambda x: x, x_BTD), None
+            return jax.lax.cond(
+                kept, lambda x: layer(x, valid_BT, key=key), lambda x: x, x_BTD
+            ), None
 
         if config.remat != "none":
             dots = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
@@ -200,7 +203,8 @@ class Extractor(nnx.Module):
         )
         num_norms = 1 if config.conv_norm == "group" else len(frames.CONV_LAYERS)
         norm = GroupNorm if config.conv_norm == "group" else LayerNorm
-        self.norms = nnx.List([norm(config.conv_width, axis="conv_out") for _ in range(num_norms)])
+        norms = [norm(config.conv_width, axis="conv_out") for _ in range(num_norms)]
+        self.norms: Any = nnx.List(norms)
 
     def __call__(self, wave_BS, *, num_samples_B, padding):
         x_BTC = wave_BS[..., None]
@@ -288,13 +292,16 @@ class PositionConv(nnx.Module):
         x = jnp.pad(x_BTD, ((0, 0), (taps // 2, after), (0, 0)))
         x = x.reshape(batch, -1, block, groups, group_width)
         x = x.transpose(3, 0, 1, 2, 4).reshape(groups, batch, -1, block * group_width)
-        windows = jnp.concatenate([x[:, :, i : i + num_blocks] for i in range(num_windows)], axis=-1)
+        windows = jnp.concatenate(
+            [x[:, :, i : i + num_blocks] for i in range(num_windows)], axis=-1
+        )
         windows = windows.reshape(groups, batch * num_blocks, -1)
 
         # band[g, seen frame, channel in, frame out, channel out]
         kernel = kernel.reshape(taps, group_width, groups, group_width).transpose(2, 0, 1, 3)
         band = jnp.stack(
-            [jnp.pad(kernel, ((0, 0), (i, block - i), (0, 0), (0, 0))) for i in range(block)], axis=3
+            [jnp.pad(kernel, ((0, 0), (i, block - i), (0, 0), (0, 0))) for i in range(block)],
+            axis=3,
         )
         band = band.reshape(groups, (taps + block) * group_width, block * group_width)
 
@@ -318,7 +325,9 @@ class Block(nnx.Module):
         self.attention = Attention(config, key=attention_key)
         self.attention_norm = LayerNorm(width)
         self.ffn_in = Linear(width, ffn_width, key=key_in, init=bert_normal, axes=("width", "ffn"))
-        self.ffn_out = Linear(ffn_width, width, key=key_out, init=bert_normal, axes=("ffn", "width"))
+        self.ffn_out = Linear(
+            ffn_width, width, key=key_out, init=bert_normal, axes=("ffn", "width")
+        )
         self.ffn_norm = LayerNorm(width)
 
     def __call__(self, x_BTD, valid_BT=None, *, key=None):
@@ -453,7 +462,7 @@ def dropout(x, rate: float, key):
 
 @jax.custom_vjp
 def gelu(x):
-    """The exact GELU, x * Phi(x). Its derivative is kept from the forward pass: one erf, not two."""
+    """The exact GELU, x * Phi(x); its slope is kept from the forward pass: one erf, not two."""
     return _gelu_and_slope(x)[0]
 
 
@@ -480,4 +489,4 @@ def _unstack(tree, num: int) -> list:
     """The slices of a stacked tree along its first axis; their gradients are concatenated."""
     leaves, treedef = jax.tree.flatten(tree)
     slices = [jnp.split(leaf, num) for leaf in leaves]
-    return [treedef.unflatten([part[i][0] for part in slices]) for i in range(num)]
+    return [jax.tree.unflatten(treedef, [part[i][0] for part in slices]) for i in range(num)]

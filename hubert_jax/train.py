@@ -10,7 +10,7 @@ import contextlib
 import signal
 import time
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -33,6 +33,7 @@ class Loss(NamedTuple):
     metrics: dict[str, tuple[jax.Array, jax.Array]]  # name -> (sum, count)
 
 
+Sums = dict[str, tuple[float, float]]  # name -> (sum, count), on the host
 LossFunction = Callable[..., Loss]  # (model, batch, key, step) -> Loss
 
 
@@ -49,8 +50,8 @@ def make_step(loss: LossFunction, optimizer: optax.GradientTransformation, *, ac
     batch. Metrics gain the loss per count and the gradient's norm before clipping.
     """
 
-    def value_and_grad(model, batch, key, step):
-        def total(model):
+    def gradient_of_sum(model, batch, key, step) -> tuple[Any, Loss]:
+        def total(model) -> tuple[jax.Array, Loss]:
             value = loss(model, batch, key, step)
             return value.total, value
 
@@ -58,14 +59,15 @@ def make_step(loss: LossFunction, optimizer: optax.GradientTransformation, *, ac
 
     def summed(model, batch, key, step):
         if accumulate == 1:
-            return value_and_grad(model, batch, key, step)
+            return gradient_of_sum(model, batch, key, step)
         parts = jax.tree.map(lambda x: _split_rows(x, accumulate), batch)
         keys = jax.random.split(key, accumulate)
 
-        def add(total, part):
-            return jax.tree.map(jnp.add, total, value_and_grad(model, *part, step)), None
+        def add(total, batch_and_key):
+            batch, key = batch_and_key
+            return jax.tree.map(jnp.add, total, gradient_of_sum(model, batch, key, step)), None
 
-        first = value_and_grad(model, jax.tree.map(lambda x: x[0], parts), keys[0], step)
+        first = gradient_of_sum(model, jax.tree.map(lambda x: x[0], parts), keys[0], step)
         rest = jax.tree.map(lambda x: x[1:], (parts, keys))
         return jax.lax.scan(add, first, rest)[0]
 
@@ -100,7 +102,7 @@ def fit(
     *,
     key,
     num_steps: int,
-    report: Callable[[int, dict[str, tuple[float, float]], float, float], None],
+    report: Callable[[int, Sums, float, float], None],
     report_every: int,
     validate: Callable[[State], None],
     validate_every: int,
@@ -142,12 +144,13 @@ def fit(
     return state
 
 
-def sum_metrics(metrics: list[dict]) -> dict[str, tuple[float, float]]:
+def sum_metrics(metrics: list[dict]) -> Sums:
     """The (sum, count) pairs of several steps, added up by name."""
-    return {
-        name: tuple(float(sum(step[name][i] for step in metrics)) for i in (0, 1))
-        for name in metrics[0]
-    }
+
+    def total(name: str, part: int) -> float:
+        return float(sum(step[name][part] for step in metrics))
+
+    return {name: (total(name, 0), total(name, 1)) for name in metrics[0]}
 
 
 @contextlib.contextmanager

@@ -32,7 +32,7 @@ def from_named(template, arrays: Mapping[str, jax.Array]):
     if problems:
         more = f" and {len(problems) - 8} more" if len(problems) > 8 else ""
         raise ValueError("arrays do not fit the model: " + "; ".join(problems[:8]) + more)
-    return treedef.unflatten([arrays[name] for name in wanted])
+    return jax.tree.unflatten(treedef, [arrays[name] for name in wanted])
 
 
 def _name(path) -> str:

@@ -79,7 +79,10 @@ def test_masking_comes_after_the_input_dropout():
     config = dataclasses.replace(tiny.BASE, input_dropout=0.5)
     encoder = tiny.model(config).encoder
     conv_BTC, mask_BT = tiny.extract(encoder, WAVE_BS), jnp.ones((2, T), bool)
-    draws = [tiny.contextualize(encoder, conv_BTC, mask_BT=mask_BT, key=jax.random.key(i)) for i in (0, 1)]
+    draws = [
+        tiny.contextualize(encoder, conv_BTC, mask_BT=mask_BT, key=jax.random.key(i))
+        for i in (0, 1)
+    ]
     np.testing.assert_array_equal(*draws)
     visible = [tiny.contextualize(encoder, conv_BTC, key=jax.random.key(i)) for i in (0, 1)]
     assert np.abs(visible[0] - visible[1]).max() > 1e-3
@@ -184,9 +187,7 @@ def loss_and_gradient(model, key=None):
 
 @pytest.mark.parametrize(("kind", "dropout"), [("base", 0.1), ("large", 0.0)])
 def test_scan_equals_loop_and_remat_equals_none(kind, dropout):
-    plain = dataclasses.replace(
-        tiny.KINDS[kind], num_layers=2, dropout=dropout, layer_drop=dropout
-    )
+    plain = dataclasses.replace(tiny.KINDS[kind], num_layers=2, dropout=dropout, layer_drop=dropout)
     modes = [
         plain,
         dataclasses.replace(plain, unroll="yes"),
@@ -211,7 +212,9 @@ def test_layer_drop_skips_whole_layers_of_the_batch():
     model = tiny.model(config)
     conv_BTC = tiny.extract(model.encoder, WAVE_BS)
     dropped = tiny.contextualize(model.encoder, conv_BTC, num_layers=3, key=jax.random.key(0))
-    np.testing.assert_array_equal(dropped, tiny.contextualize(model.encoder, conv_BTC, num_layers=0))
+    np.testing.assert_array_equal(
+        dropped, tiny.contextualize(model.encoder, conv_BTC, num_layers=0)
+    )
 
 
 def test_bfloat16_stays_near_float32_and_keeps_float32_parameters():
@@ -249,8 +252,8 @@ def test_initial_values():
     bound = 1 / np.sqrt(16)
     projection = model.encoder.projection.kernel[...]
     assert bound * 0.9 < np.abs(projection).max() <= bound
-    assert 0 <= head.codes_CE[...].min() and head.codes_CE[...].max() <= 1
-    assert 0 <= model.encoder.mask_embedding_D[...].min()
+    assert head.codes_CE[...].min() >= 0 and head.codes_CE[...].max() <= 1
+    assert model.encoder.mask_embedding_D[...].min() >= 0
 
 
 def test_several_label_sets_tied_and_untied():

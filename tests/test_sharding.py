@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The same loss and gradients on every layout of eight devices; moments lie where parameters lie."""
+"""The same loss and gradients on every layout of eight devices; moments lie with parameters."""
 
 import functools
 
@@ -24,7 +24,6 @@ OPTIM = optim.OptimConfig(
 LOSS = functools.partial(
     pretrain.pretraining_loss, config=pretrain.LossConfig(10.0, 0.0, 0.0), num_steps=10
 )
-
 
 
 def batch(rows=8, samples=8_000):
@@ -97,8 +96,14 @@ def test_fsdp_divides_the_memory():
 
 @pytest.mark.parametrize(
     "sizes",
-    [dict(data=3, fsdp=1, tensor=1), dict(data=-1, fsdp=-1, tensor=1), dict(data=4, fsdp=1, tensor=1)],
+    [
+        dict(data=3, fsdp=1, tensor=1),
+        dict(data=-1, fsdp=-1, tensor=1),
+        dict(data=4, fsdp=1, tensor=1),
+    ],
 )
 def test_an_impossible_mesh_is_refused_with_the_possible_sizes(sizes):
-    with pytest.raises(ValueError, match=r"does not fit 8 devices: give sizes among \[1, 2, 4, 8\]"):
+    with pytest.raises(
+        ValueError, match=r"does not fit 8 devices: give sizes among \[1, 2, 4, 8\]"
+    ):
         sharding.make_mesh(**sizes)

@@ -35,7 +35,6 @@ from hubert_jax.ops import plus_plus, rows
 CHUNK_ROWS = 4096  # rows whose distances exist at one time: 1.6 MB at 100 codes, 8 MB at 500
 PASS_CHUNKS = 4  # chunks a device that a full pass reads at a time
 FORGETTING = 4  # a pass starts with counts / 4: earlier rows went to centres that have moved since
-NUM_SWAPS = 8  # attempts before each pass over the sample, of the best restart only
 INERTIA_LAG = 4  # mini-batches between a step and the look at its inertia: no wait for the device
 MAX_REFILLS = 5  # full passes beyond those asked for, to fill empty clusters
 EXACT = jax.lax.Precision.HIGHEST
@@ -273,7 +272,8 @@ def best_seeding(
     uniform_CRL = plus_plus.draws(
         random, num_codes=config.num_codes, num_restarts=config.num_restarts
     )
-    shape_GSL = (config.seed_passes, NUM_SWAPS, uniform_CRL.shape[2])
+    num_swaps = 4 + config.num_codes // 16  # attempts before a pass: the more codes, the more miss
+    shape_GSL = (config.seed_passes, num_swaps, uniform_CRL.shape[2])
     return jax.device_get(
         _best_seeding(sample_ND, uniform_CRL, random.random(shape_GSL, np.float32))
     )

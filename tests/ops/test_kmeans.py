@@ -102,11 +102,11 @@ def test_lloyd_passes_and_mini_batches_lower_the_inertia():
     assert settled.num_lloyd_passes < 5
 
 
-def test_more_restarts_are_never_worse_on_the_sample():
+def test_the_best_of_many_restarts_goes_on():
     features_ND = clusters(1024)
     inertia = []
     for num_restarts in (1, 20):
-        config = dataclasses.replace(CONFIG, num_restarts=num_restarts)
+        config = dataclasses.replace(CONFIG, num_restarts=num_restarts, seed_passes=0)
         centers_CD, counts_C = kmeans.best_seeding(features_ND, config, np.random.default_rng(0))
         inertia.append(distances(features_ND, centers_CD).min(axis=1).mean())
         assert counts_C.sum() == 1024
@@ -139,6 +139,32 @@ def test_empty_clusters_are_filled_from_the_sample():
     np.testing.assert_allclose(filled_CD[kept_C], centers_CD[kept_C], atol=1e-5)
     assert (distances(features_ND, np.asarray(filled_CD)).min(axis=0) < 1e-8).all()
     assert len(np.unique(np.asarray(filled_CD).round(3), axis=0)) == CONFIG.num_codes
+
+
+def test_fit_fills_the_clusters_that_its_seeding_left_empty(monkeypatch):
+    features_ND = clusters(3001)
+    centers_CD = np.where(np.arange(20)[:, None] < 12, features_ND[::150][:20], 1e3)
+    start = centers_CD.astype(np.float32), np.zeros(20, np.int32)
+    monkeypatch.setattr(kmeans, "best_seeding", lambda *args: start)
+    found = fit(features_ND, max_passes=0, lloyd_passes=0)
+    assert (found.counts_C > 0).all() and found.num_lloyd_passes >= 1
+    assert found.inertia < 0.8 * distances(features_ND, centers_CD).min(axis=1).mean()
+
+
+def test_swaps_move_a_centre_to_where_one_is_missing():
+    random = np.random.default_rng(0)
+    places_CD = 20.0 * random.standard_normal((10, WIDTH))
+    features_ND = np.repeat(places_CD, 50, axis=0) + random.standard_normal((500, WIDTH))
+    features_ND = features_ND.astype(np.float32)
+    twice_CD = np.concatenate([places_CD[:9], places_CD[:1] + 0.1]).astype(np.float32)
+    uniform_SL = random.random((8, plus_plus.num_candidates(10)), np.float32)
+    before, after = (
+        distances(features_ND, np.asarray(centers_CD))
+        for centers_CD in (twice_CD, plus_plus.swap(features_ND, twice_CD, uniform_SL))
+    )
+    assert before.min(axis=1).max() > 100 > after.min(axis=1).max()
+    good_CD = places_CD.astype(np.float32)  # nothing to gain: nothing is touched
+    np.testing.assert_array_equal(plus_plus.swap(features_ND, good_CD, uniform_SL), good_CD)
 
 
 def test_far_from_zero_the_digits_are_kept():
