@@ -36,14 +36,14 @@ def get_config(iteration: str = "it1") -> ConfigDict:
             validation_minutes=5.0,
             train_voices=24,
             validation_voices=7,
-            accents=("en", "en-US", "en-GB-scotland", "en-GB-x-rp"),
-            words_per_minute=(140.0, 200.0),
-            min_seconds=2.0,
+            accents=("en", "en-US", "en-GB-scotland", "en-029"),
+            words_per_minute=(150.0, 200.0),
+            min_seconds=2.2,
             max_seconds=8.0,
-            reverberation_seconds=(0.1, 0.4),
-            direct_to_reverberant_db=(0.0, 12.0),
+            reverberation_seconds=(0.15, 0.5),
+            direct_to_reverberant_db=(3.0, 12.0),
             snr_db=(10.0, 30.0),
-            level_db=(-35.0, -15.0),
+            level_db=(-32.0, -20.0),
             seed=0,
         ),
     )
@@ -54,7 +54,7 @@ def get_config(iteration: str = "it1") -> ConfigDict:
         layer=0,
         sample_share=1.0,  # of the training utterances, for k-means
         dtype="float32",
-        batch_seconds=120.0,
+        batch_seconds=60.0,
         num_shards=4,
         dump=False,
     )
@@ -82,8 +82,8 @@ def get_config(iteration: str = "it1") -> ConfigDict:
         num_heads=4,
         num_layers=3,
         pre_norm=True,
-        position_kernel=128,
-        position_groups=16,
+        position_kernel=32,
+        position_groups=4,
         input_dropout=0.0,
         dropout=0.0,
         attention_dropout=0.0,
@@ -112,20 +112,20 @@ def get_config(iteration: str = "it1") -> ConfigDict:
     )
 
     config.batch = dict(
-        seconds=16.0,
+        seconds=8.1,  # 4 rows of 2 s
         min_seconds=2.0,
         max_seconds=2.0,
         num_rungs=1,
         rungs=(),  # fitted to the corpus
-        row_multiple=8,
+        row_multiple=4,
         num_workers=0,
         num_threads=1,
         read_ahead=8,
     )
 
     config.optim = dict(
-        peak_lr=2e-3,
-        warmup_steps=150,
+        peak_lr=1.5e-3,
+        warmup_steps=176,
         beta1=0.9,
         beta2=0.98,
         eps=1e-6,
@@ -136,15 +136,15 @@ def get_config(iteration: str = "it1") -> ConfigDict:
     config.mesh = dict(data=-1, fsdp=1, tensor=1)
 
     config.train = dict(
-        num_steps=1_800,
+        num_steps=2_200,
         labels=(iteration,),
         accumulate=1,
         report_every=100,
-        validate_every=600,
+        validate_every=1_100,
     )
 
     config.checkpoints = dict(
-        every=600,
+        every=1_100,
         keep_last=1,
         keep_every=0,
     )

@@ -63,8 +63,8 @@ def param_shardings(mesh: Mesh, model):
     sizes = dict(mesh.shape)
 
     def shard(param):
-        # Stacked layers have leading axes that the block's own names do not mention.
-        shape = param[...].shape
+        (shape,) = (value.shape for value in jax.tree.leaves(param))
+        # Stacked layers have a leading axis that the block's own names do not mention.
         axes = ("frames",) * (len(shape) - len(param.axes)) + tuple(param.axes)
         return jax.tree.map(lambda _: NamedSharding(mesh, _spec(shape, axes, sizes)), param)
 

@@ -79,7 +79,7 @@ def make_step(loss: LossFunction, optimizer: optax.GradientTransformation, *, ac
         model = optax.apply_updates(state.model, updates)
         metrics = value.metrics | {
             "loss": (value.total, value.weight),
-            "gradient_norm": (optax.global_norm(grads), 1.0),
+            "gradient_norm": (optax.tree.norm(grads), 1.0),
         }
         return State(state.step + 1, model, opt_state), metrics
 

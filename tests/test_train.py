@@ -169,8 +169,9 @@ def test_the_unmasked_weight_moves_linearly_and_counts_frames_only_while_it_is_a
 
 
 def test_the_loss_starts_near_ln_k():
+    head = tiny.dataclasses.replace(tiny.HEAD, code_width=256)
     value = pretrain.pretraining_loss(
-        tiny.model(num_codes=(100,)), batch(), jax.random.key(0), 0,
+        tiny.model(num_codes=(100,), head=head), batch(), jax.random.key(0), 0,
         config=pretrain.LossConfig(0.0, 0.0, 0.0), num_steps=10,
     )  # fmt: skip
     assert float(value.total / value.weight) == pytest.approx(np.log(100), abs=1.0)
