@@ -57,11 +57,11 @@ def get_config(iteration: str = "it1") -> ConfigDict:
 
     config.kmeans = dict(
         num_codes=500,
-        seed_rows=200_000,
-        num_restarts=20,
-        seed_passes=3,
-        batch_rows=10_000,
-        max_passes=100,
+        seed_rows=65_536,
+        num_restarts=8,
+        seed_passes=5,
+        batch_rows=16_384,
+        max_passes=5,
         patience=100,
         lloyd_passes=10,
         lloyd_tolerance=1e-4,

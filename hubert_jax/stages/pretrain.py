@@ -33,7 +33,7 @@ FOR_WEIGHTS, FOR_VALIDATION, FOR_TRAINING = range(3)
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
     num_steps: int  # updates
-    labels: tuple[str, ...]  # iterations of this work directory (or paths) to predict at once
+    labels: tuple[str, ...]  # to predict at once: iterations of this WORK, or folders of labels
     accumulate: int  # parts that a batch is worked off in, to save memory
     report_every: int  # steps
     validate_every: int  # steps
@@ -266,10 +266,7 @@ def open_labels(
     Raises ValueError when labels are of another corpus, or a validation split was labelled with
     another codebook than the training split.
     """
-    folders = [
-        workdir / name / "labels" if (workdir / name).exists() else epath.Path(name)
-        for name in names
-    ]
+    folders = [epath.Path(name) if "/" in name else workdir / name / "labels" for name in names]
     opened = {split: [arrays.Store(folder / split) for folder in folders] for split in SPLITS}
     for train_store, validation_store in zip(*opened.values(), strict=True):
         for store in (train_store, validation_store):
