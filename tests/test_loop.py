@@ -143,7 +143,7 @@ def test_another_config_in_the_same_place_is_refused(finished, changes, message)
 def test_labels_of_another_corpus_are_refused(finished, tmp_path):
     from hubert_jax.stages import prepare, pretrain
 
-    tones, workdir = finished
+    _, workdir = finished
     write_tones(tmp_path / "tones")
     (tmp_path / "tones" / "speaker0" / "0.wav").unlink()
     config = get_config(tmp_path / "tones")("it1")
