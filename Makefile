@@ -15,7 +15,8 @@ demo: $(VENV)/installed
 	PATH="$(CURDIR)/$(BIN):$$PATH" launch/local.sh run --config=configs/demo.py --workdir=$(WORKDIR)
 
 test: $(VENV)/installed
-	$(BIN)/python -m pytest -n 2 --ignore=tests/parity
+	@echo 'without tests/parity, which needs torch and transformers (.ci/run installs them)'
+	$(BIN)/python -m pytest -n 2 --dist loadfile --ignore=tests/parity
 
 lint: $(VENV)/installed
 	$(BIN)/ruff format --check .

@@ -94,6 +94,12 @@ def load_source(config: FeaturesConfig, workdir: epath.Path, mesh: jax.sharding.
 
     path = workdir / config.checkpoint / "checkpoints"
     encoder, card = checkpoints.load_encoder(path if path.exists() else config.checkpoint)
+    num_steps = card.get("made_from", {}).get("num_steps", card["step"])
+    if path.exists() and card["step"] < num_steps:
+        raise ValueError(
+            f"{path}: trained for {card['step']} of {num_steps} steps; go on with hubert pretrain,"
+            f" or name this step: --config.features.checkpoint={path / str(card['step'])}"
+        )
     return layer_source(encoder, checkpoint_facts(encoder, card), layer=config.layer, mesh=mesh)
 
 

@@ -374,8 +374,9 @@ class Attention(nnx.Module):
         qkv = constrain(qkv, "frames", "batch", "heads", "frames", "code_width")
         query_BHTK, key_BHTK, value_BHTK = qkv
         query_BHTK = query_BHTK * (query_BHTK.shape[-1] ** -0.5)
-        logits_BHTT = jnp.einsum("bhqk,bhtk->bhqt", query_BHTK, key_BHTK)
-        logits_BHTT = logits_BHTT.astype(jnp.float32)
+        logits_BHTT = jnp.einsum(
+            "bhqk,bhtk->bhqt", query_BHTK, key_BHTK, preferred_element_type=jnp.float32
+        )
         if valid_BT is not None:
             logits_BHTT = jnp.where(valid_BT[:, None, None, :], logits_BHTT, -1e30)
         weights_BHTT = jax.nn.softmax(logits_BHTT, axis=-1).astype(x_BTD.dtype)

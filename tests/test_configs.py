@@ -4,9 +4,10 @@
 import ast
 import pathlib
 
+import jax
 import pytest
 
-from hubert_jax import checkpoints, cli, extract, heads, model, optim
+from hubert_jax import checkpoints, cli, extract, heads, model, optim, sharding
 from hubert_jax.data import batches, synth
 from hubert_jax.ops import kmeans
 from hubert_jax.stages import prepare, pretrain
@@ -39,6 +40,21 @@ def test_sections_are_what_the_code_reads(path, iteration):
         dataclass(**config[section])
     if config.corpus.train == "synth":
         synth.SynthConfig(**config.corpus.synth)
+
+
+@pytest.mark.parametrize(("path", "iteration"), CASES)
+def test_models_build_abstractly_and_shard(path, iteration):
+    config = cli.load_config(f"{path}:{iteration}")
+    model_config, head = model.HubertConfig(**config.model), heads.HeadConfig(**config.head)
+    built = heads.abstract(model_config, head, (config.kmeans.num_codes,))
+    millions = sum(leaf.size for leaf in jax.tree.leaves(built.encoder)) / 1e6
+    published = {"base": 94.4, "large": 315.4, "xlarge": 962.5}  # of fairseq's encoders
+    if path.stem in published:
+        assert millions == pytest.approx(published[path.stem], rel=2e-3)
+    mesh = sharding.make_mesh(**config.mesh)
+    assert len(jax.tree.leaves(sharding.param_shardings(mesh, built))) > 30
+    if config.train.num_steps:
+        optim.adamw(optim.OptimConfig(**config.optim), num_steps=config.train.num_steps)
 
 
 @pytest.mark.parametrize(("path", "iteration"), CASES)

@@ -4,7 +4,10 @@
 The tones are eight "phones" in known order, written down in .phn files, so the labels have scores.
 """
 
+import os
 import pathlib
+import shutil
+import signal
 
 import numpy as np
 import pytest
@@ -12,9 +15,9 @@ import soundfile
 from etils import epath
 
 import hubert_jax
-from hubert_jax import checkpoints, cli, logs
+from hubert_jax import checkpoints, cli, logs, train, weights
 from hubert_jax.data import arrays, cards
-from hubert_jax.stages import export, run
+from hubert_jax.stages import export, features, prepare, pretrain, run
 
 DEMO = pathlib.Path(__file__).parents[1] / "configs" / "demo.py"
 SAMPLE_RATE = 16_000
@@ -140,9 +143,49 @@ def test_another_config_in_the_same_place_is_refused(finished, changes, message)
     assert digests(workdir) == before
 
 
-def test_labels_of_another_corpus_are_refused(finished, tmp_path):
-    from hubert_jax.stages import prepare, pretrain
+def test_pretraining_that_was_stopped_ends_with_the_same_weights(finished, tmp_path, monkeypatch):
+    tones, workdir = finished
+    again = epath.Path(tmp_path / "work")
+    shutil.copytree(workdir, again, ignore=shutil.ignore_patterns("checkpoints", "logs"))
+    make_step, calls = train.make_step, []
 
+    def stopping(*args, **options):
+        step = make_step(*args, **options)
+
+        def stop_at_the_third(*args):
+            calls.append(1)
+            if len(calls) == 3:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return step(*args)
+
+        return stop_at_the_third
+
+    config = get_config(tones)("it1")
+    config.checkpoints.every = 100
+    with monkeypatch.context() as patched, pytest.raises(train.Interrupted, match="after step 3"):
+        patched.setattr(train, "make_step", stopping)
+        pretrain.run(config, again)
+    with pytest.raises(ValueError, match="trained for 3 of 6 steps"):
+        features.run(get_config(tones)("it2"), again)
+    pretrain.run(config, again)
+    ended, straight = (
+        weights.to_named(checkpoints.load_model(folder / "it1" / "checkpoints")[0])
+        for folder in (again, workdir)
+    )
+    for name, array in straight.items():
+        np.testing.assert_array_equal(ended[name], array, err_msg=name)
+
+
+def test_labels_of_a_codebook_that_is_gone_are_refused(finished, tmp_path):
+    tones, workdir = finished
+    again = epath.Path(tmp_path / "work")
+    shutil.copytree(workdir, again, ignore=shutil.ignore_patterns("checkpoints", "logs"))
+    shutil.copy(workdir / "it2" / "codebook.npz", again / "it1" / "codebook.npz")
+    with pytest.raises(ValueError, match="codebook is 'sha256"):
+        pretrain.run(get_config(tones)("it1"), again)
+
+
+def test_labels_of_another_corpus_are_refused(finished, tmp_path):
     _, workdir = finished
     write_tones(tmp_path / "tones")
     (tmp_path / "tones" / "speaker0" / "0.wav").unlink()

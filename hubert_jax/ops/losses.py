@@ -17,7 +17,8 @@ def code_logits(query_BTE, codes_CE, *, temperature: float) -> jax.Array:
     """Cosine similarity of every frame with every code, divided by the temperature."""
     query_BTE = _unit_length(query_BTE.astype(jnp.float32))
     codes_CE = _unit_length(codes_CE.astype(jnp.float32))
-    return jnp.einsum("bte,ce->btc", query_BTE, codes_CE) / temperature
+    exact = jax.lax.Precision.HIGHEST  # float32 products on TPUs and GPUs too
+    return jnp.einsum("bte,ce->btc", query_BTE, codes_CE, precision=exact) / temperature
 
 
 def _unit_length(x):

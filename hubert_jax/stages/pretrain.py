@@ -34,7 +34,7 @@ FOR_WEIGHTS, FOR_VALIDATION, FOR_TRAINING = range(3)
 class TrainConfig:
     num_steps: int  # updates
     labels: tuple[str, ...]  # to predict at once: iterations of this WORK, or folders of labels
-    accumulate: int  # parts that a batch is worked off in, to save memory
+    accumulate: int  # parts that a batch is worked off in, to save memory; masks are drawn by part
     report_every: int  # steps
     validate_every: int  # steps
 
@@ -65,7 +65,8 @@ def run(config: ConfigDict, workdir: epath.Path) -> None:
         head=config.head.to_dict(),
         num_codes=num_codes,
     )
-    if not cards.is_made(folder / "card.json", card["made_from"]):
+    started = cards.is_made(folder / "card.json", card["made_from"])
+    if not started and jax.process_index() == 0:
         cards.write(folder / "card.json", card)
 
     saved = checkpoints.Checkpoints(folder, checkpoints.CheckpointConfig(**config.checkpoints))
@@ -108,6 +109,12 @@ def _pretrain(
         state = saved.restore(state)
 
     row_multiple = settings.accumulate * sharding.batch_ways(mesh)
+    if batch_config.row_multiple % row_multiple:
+        raise ValueError(
+            f"batch.row_multiple is {batch_config.row_multiple}, but {sharding.batch_ways(mesh)}"
+            f" devices x {settings.accumulate} parts share out {row_multiple} rows at least: start"
+            f" with --config.batch.row_multiple={row_multiple}, or use fewer devices"
+        )
     plans: dict[str, Any] = {
         "train": batches.Plan(
             corpus.split("train").num_samples, batch_config,
@@ -263,8 +270,7 @@ def open_labels(
 ) -> dict[str, list[arrays.Store]]:
     """The label sets `names` of both splits, once they are known to be of this corpus.
 
-    Raises ValueError when labels are of another corpus, or a validation split was labelled with
-    another codebook than the training split.
+    Raises ValueError when labels are of another corpus or codebook, or are no codes of it.
     """
     folders = [epath.Path(name) if "/" in name else workdir / name / "labels" for name in names]
     opened = {split: [arrays.Store(folder / split) for folder in folders] for split in SPLITS}
@@ -275,7 +281,24 @@ def open_labels(
                 kind="labels", corpus=corpus.card["fingerprint"],
                 codebook=train_store.card["codebook"],
             )  # fmt: skip
+            check_range(store)
+        codebook = train_store.folder.parent.parent / "codebook.npz"
+        if codebook.exists():  # labels may have been brought here without it
+            path = train_store.folder / "card.json"
+            cards.require(path, train_store.card, codebook=cards.digest(codebook))
     return opened
+
+
+def check_range(store: arrays.Store) -> None:
+    """Raises ValueError where a label is no code: it would count as a loss without a target."""
+    num_codes = store.card["num_codes"]
+    for shard in range(store.num_shards):
+        labels = store.shard(shard)
+        if len(labels) and not 0 <= labels.min() <= labels.max() < num_codes:
+            raise ValueError(
+                f"{store.folder}: shard {shard} has labels from {labels.min()} to {labels.max()},"
+                f" but there are {num_codes} codes; remove the folder and run hubert label again"
+            )
 
 
 def _made_from(config: ConfigDict, corpus: Corpus, stores: list[arrays.Store]) -> dict[str, Any]:
