@@ -9,6 +9,7 @@ import ast
 import difflib
 import importlib
 import importlib.util
+import logging
 import pathlib
 import pkgutil
 import shlex
@@ -50,6 +51,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if stage not in names:
         print(f"hubert: {unknown('stage', stage, names)}", file=sys.stderr)
         sys.exit(2)
+    logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax warns of files it never wrote
     show_traceback = "--traceback" in rest
     rest = [word for word in rest if word != "--traceback"]
     go_on = shlex.join(["hubert", *argv])
