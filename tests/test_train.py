@@ -168,6 +168,32 @@ def test_the_unmasked_weight_moves_linearly_and_counts_frames_only_while_it_is_a
         assert float(losses[1.0, at].total) == pytest.approx(want, rel=1e-5)
 
 
+def test_two_label_sets_are_summed_and_divided_by_the_frames_of_one():
+    model = tiny.model(num_codes=(12, 7))
+    labels = np.concatenate([batch()["labels"], batch()["labels"] % 7], axis=-1)
+    value = jax.jit(functools.partial(LOSS, config=pretrain.LossConfig(0.0, 0.0, 0.0)))(
+        model, batch() | {"labels": labels}, jax.random.key(0), 0
+    )
+    parts = [float(value.metrics[name][0]) for name in ("masked_loss", "masked_loss_1")]
+    assert float(value.total) == pytest.approx(sum(parts), rel=1e-5) and min(parts) > 0
+    assert float(value.weight) == value.metrics["masked_loss_1"][1] < labels[..., 0].size
+
+
+def test_parts_of_a_batch_train_on_a_mesh_like_on_one_device():
+    results = []
+    for devices in (1, 4):
+        mesh = sharding.make_mesh(data=devices, fsdp=1, tensor=1, devices=jax.devices()[:devices])
+        with jax.set_mesh(mesh):
+            optimizer = optim.adamw(OPTIM, num_steps=10)
+            model = pretrain.make_sharded(lambda key: tiny.model(), jax.random.key(0), mesh)
+            step = train.make_step(LOSS, optimizer, accumulate=2)
+            put = sharding.put_batch(mesh, batch())
+            _, metrics = step(train.init_state(model, optimizer), put, jax.random.key(0))
+            results.append(jax.device_get(metrics))
+    for name in ("loss", "gradient_norm", "masked_loss"):
+        assert results[0][name] == pytest.approx(results[1][name], rel=1e-5)
+
+
 def test_the_loss_starts_near_ln_k():
     head = tiny.dataclasses.replace(tiny.HEAD, code_width=256)
     value = pretrain.pretraining_loss(
