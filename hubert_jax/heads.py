@@ -9,7 +9,8 @@ import dataclasses
 import jax
 from flax import nnx
 
-from hubert_jax.model import Encoder, HubertConfig, torch_uniform
+from hubert_jax.layers import torch_uniform
+from hubert_jax.model import Encoder, HubertConfig
 from hubert_jax.ops import losses
 
 

@@ -18,10 +18,18 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from hubert_jax.layers import (
+    GroupNorm,
+    LayerNorm,
+    Linear,
+    bert_normal,
+    dropout,
+    gelu,
+    scale_gradient,
+    torch_uniform,
+)
 from hubert_jax.ops import frames
 from hubert_jax.sharding import constrain
-
-NORM_EPS = 1e-5  # of every norm in the model; Flax's own default is 1e-6
 
 
 @dataclasses.dataclass(frozen=True)
@@ -384,106 +392,6 @@ class Attention(nnx.Module):
         mixed_BHTK = jnp.einsum("bhqt,bhtk->bhqk", weights_BHTT, value_BHTK)
         out_BTD = jnp.einsum("bhtk,hkd->btd", mixed_BHTK, self.out.kernel[...].astype(x_BTD.dtype))
         return out_BTD + self.out.bias[...].astype(x_BTD.dtype)
-
-
-class Linear(nnx.Module):
-    """x @ kernel + bias, computed in x's type; sizes may be tuples."""
-
-    def __init__(self, size_in, size_out, *, key, init, axes):
-        shape_in, shape_out = _shape(size_in), _shape(size_out)
-        kernel_key, bias_key = jax.random.split(key)
-        fan_in = math.prod(shape_in)
-        self.kernel = nnx.Param(init(kernel_key, shape_in + shape_out, fan_in), axes=axes)
-        bias = jnp.zeros(shape_out) if init is bert_normal else init(bias_key, shape_out, fan_in)
-        self.bias = nnx.Param(bias, axes=axes[len(shape_in) :])
-
-    def __call__(self, x):
-        return x @ self.kernel[...].astype(x.dtype) + self.bias[...].astype(x.dtype)
-
-
-def _shape(size) -> tuple[int, ...]:
-    return (size,) if isinstance(size, int) else tuple(size)
-
-
-def bert_normal(key, shape, fan_in):
-    """N(0, 0.02); the bias that goes with it is 0."""
-    return 0.02 * jax.random.normal(key, shape)
-
-
-def torch_uniform(key, shape, fan_in):
-    """U(-1/sqrt(fan_in), 1/sqrt(fan_in)): torch's default for a Linear, kernel and bias alike."""
-    bound = 1 / math.sqrt(fan_in)
-    return jax.random.uniform(key, shape, minval=-bound, maxval=bound)
-
-
-class LayerNorm(nnx.Module):
-    """Over the last axis, in float32."""
-
-    def __init__(self, width: int, *, axis: str = "width"):
-        self.scale = nnx.Param(jnp.ones(width), axes=(axis,))
-        self.bias = nnx.Param(jnp.zeros(width), axes=(axis,))
-
-    def __call__(self, x):
-        x32 = x.astype(jnp.float32)
-        centred = x32 - jnp.mean(x32, axis=-1, keepdims=True)
-        variance = jnp.mean(jnp.square(centred), axis=-1, keepdims=True)
-        normed = centred * jax.lax.rsqrt(variance + NORM_EPS)
-        return (normed * self.scale[...] + self.bias[...]).astype(x.dtype)
-
-
-class GroupNorm(nnx.Module):
-    """Each channel over time (as many groups as channels), in float32."""
-
-    def __init__(self, width: int, *, axis: str = "width"):
-        self.scale = nnx.Param(jnp.ones(width), axes=(axis,))
-        self.bias = nnx.Param(jnp.zeros(width), axes=(axis,))
-
-    def __call__(self, x_BTC, lengths_B=None):
-        """With `lengths_B`, only the first `lengths_B` frames of each row count."""
-        x32_BTC = x_BTC.astype(jnp.float32)
-        if lengths_B is None:
-            mean_B1C = jnp.mean(x32_BTC, axis=1, keepdims=True)
-            variance_B1C = jnp.mean(jnp.square(x32_BTC - mean_B1C), axis=1, keepdims=True)
-        else:
-            real_BT1 = (jnp.arange(x_BTC.shape[1]) < lengths_B[:, None])[..., None]
-            count_B11 = jnp.maximum(lengths_B, 1).astype(jnp.float32)[:, None, None]
-            mean_B1C = jnp.sum(x32_BTC * real_BT1, axis=1, keepdims=True) / count_B11
-            squares_BTC = jnp.square(x32_BTC - mean_B1C) * real_BT1
-            variance_B1C = jnp.sum(squares_BTC, axis=1, keepdims=True) / count_B11
-        normed_BTC = (x32_BTC - mean_B1C) * jax.lax.rsqrt(variance_B1C + NORM_EPS)
-        return (normed_BTC * self.scale[...] + self.bias[...]).astype(x_BTC.dtype)
-
-
-def dropout(x, rate: float, key):
-    """Zero a share `rate` of x and scale the rest; x itself without a key or a rate."""
-    if key is None or rate == 0:
-        return x
-    return jnp.where(jax.random.bernoulli(key, 1 - rate, x.shape), x / (1 - rate), 0)
-
-
-@jax.custom_vjp
-def gelu(x):
-    """The exact GELU, x * Phi(x); its slope is kept from the forward pass: one erf, not two."""
-    return _gelu_and_slope(x)[0]
-
-
-def _gelu_and_slope(x):
-    x32 = x.astype(jnp.float32)
-    phi = 0.5 * (1 + jax.lax.erf(x32 * math.sqrt(0.5)))
-    density = jnp.exp(-0.5 * x32 * x32) * (1 / math.sqrt(2 * math.pi))
-    return (x32 * phi).astype(x.dtype), (phi + x32 * density).astype(x.dtype)
-
-
-gelu.defvjp(_gelu_and_slope, lambda slope, grad: (grad * slope,))
-
-
-@jax.custom_vjp
-def scale_gradient(x, scale: float):
-    """x forwards, `scale` times the gradient backwards."""
-    return x
-
-
-scale_gradient.defvjp(lambda x, scale: (x, scale), lambda scale, grad: (grad * scale, None))
 
 
 def _unstack(tree, num: int) -> list:

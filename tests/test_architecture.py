@@ -15,7 +15,7 @@ FLOORS = (
     ("ops",),
     ("data",),
     ("sharding", "weights", "optim", "logs", "train"),
-    ("model", "heads", "checkpoints", "extract", "encode"),
+    ("layers", "model", "heads", "checkpoints", "extract", "encode"),
     ("stages",),
     ("", "cli"),  # "": the package itself
 )

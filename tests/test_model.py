@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from hubert_jax import heads
-from hubert_jax.model import PositionConv, gelu, scale_gradient
+from hubert_jax.layers import gelu, scale_gradient
+from hubert_jax.model import PositionConv
 from hubert_jax.ops import frames, losses
 from tests import tiny
 
