@@ -5,7 +5,10 @@ Items are flat dictionaries from dotted names to arrays (weights.py), so that an
 them without this package; the card says which model they belong to.
 """
 
+import contextlib
 import dataclasses
+import errno
+from collections.abc import Iterator
 
 import jax
 import orbax.checkpoint as ocp
@@ -51,7 +54,8 @@ class Checkpoints:
             optimizer=ocp.args.StandardSave(weights.to_named(state.opt_state)),
             card=ocp.args.JsonSave(card | {"step": step}),
         )
-        self._manager.save(step, args=items)
+        with enough_space(self.folder):  # the failure of an earlier save shows here too
+            self._manager.save(step, args=items)
 
     def restore(self, state: State) -> State:
         """The newest checkpoint, laid out as the arrays of `state` are.
@@ -67,8 +71,24 @@ class Checkpoints:
 
     def close(self) -> None:
         """Waits until everything is on disk."""
-        self._manager.wait_until_finished()
-        self._manager.close()
+        with enough_space(self.folder):
+            self._manager.wait_until_finished()
+            self._manager.close()
+
+
+@contextlib.contextmanager
+def enough_space(folder: epath.Path) -> Iterator[None]:
+    """Says in words what tensorstore says in ten lines: that the disk is full."""
+    try:
+        yield
+    except ValueError as error:
+        if "No space left on device" not in str(error):
+            raise
+        raise OSError(
+            errno.ENOSPC,
+            f"no space left writing a checkpoint to {folder}; free some and run the same command"
+            " again: earlier checkpoints are whole",
+        ) from error
 
 
 def _restore(path: epath.Path, like):

@@ -90,6 +90,16 @@ def test_a_checkpoint_of_another_shape_is_refused(trained, tmp_path):
     saved.close()
 
 
+def test_a_full_disk_is_said_in_words(tmp_path):
+    with (
+        pytest.raises(OSError, match=r"no space left writing a checkpoint .* run the same command"),
+        checkpoints.enough_space(tmp_path),
+    ):
+        raise ValueError("RESOURCE_EXHAUSTED: Error writing ... No space left on device [28]")
+    with pytest.raises(ValueError, match="another"), checkpoints.enough_space(tmp_path):
+        raise ValueError("another")
+
+
 def test_old_checkpoints_go_and_milestones_stay(trained, tmp_path):
     make, _ = trained
     config = checkpoints.CheckpointConfig(every=1, keep_last=2, keep_every=3)
