@@ -11,13 +11,17 @@ import errno
 from collections.abc import Iterator
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
-from hubert_jax import weights
-from hubert_jax.heads import HeadConfig, Hubert, abstract
-from hubert_jax.model import Encoder, HubertConfig
+from hubert_jax import sharding, weights
+from hubert_jax.heads import Hubert, Weights
+from hubert_jax.model import Encoder
 from hubert_jax.train import State
+
+# Fields of a model's config that no shape shows and that change what it computes.
+COMPUTES = ("conv_norm", "pre_norm", "num_heads", "position_groups", "normalize_audio")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,18 +134,64 @@ def read_card(path) -> dict:
 
 
 def load_model(path) -> tuple[Hubert, dict]:
-    """A pretrained model on the default device, with its card. `path` as in `resolve`."""
+    """A model on the default device, with its card. `path` as in `resolve`."""
     path = resolve(path)
     card = read_card(path)
-    model = abstract(
-        HubertConfig(**card["model"]), HeadConfig(**card["head"]), tuple(card["num_codes"])
-    )
-    sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), model)
+    model = Weights.from_card(card, {}).abstract()
+    here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), model)
     return _restore(path / "params", like), card
 
 
 def load_encoder(path) -> tuple[Encoder, dict]:
-    """The encoder of a pretrained model, with its card. `path` as in `resolve`."""
+    """The encoder of a model, with its card. `path` as in `resolve`."""
     model, card = load_model(path)
     return model.encoder, card
+
+
+def load_weights(path) -> tuple[Weights, dict]:
+    """A model as numpy arrays, with its card. `path` as in `resolve`."""
+    model, card = load_model(path)
+    arrays = {name: np.asarray(array) for name, array in weights.to_named(model).items()}
+    return Weights.from_card(card, arrays), card
+
+
+def start(model: Hubert, path, *, head: str) -> Hubert:
+    """`model` with the encoder of a checkpoint, and with its head too where `head` is "kept".
+
+    Raises ValueError naming the field or the arrays in which they differ.
+    """
+    found, _ = load_weights(path)
+    theirs, ours = found.facts()["model"], dataclasses.asdict(model.encoder.config)
+    for field in COMPUTES:
+        if theirs[field] != ours[field]:
+            raise ValueError(
+                f"{path}: its model.{field} is {theirs[field]!r}, the config has {ours[field]!r}:"
+                f" train with --config.model.{field}={theirs[field]}"
+            )
+    if head == "kept" and found.head is None:
+        raise ValueError(f"{path}: has no code prediction; give --config.train.start_head=new")
+    own = weights.to_named(model)
+    taken = ("encoder.",) if head == "new" else ("encoder.", "head.")
+    arrays = {name: x for name, x in found.arrays.items() if name.startswith(taken)}
+    try:
+        weights.from_named(model, {**own, **arrays})
+    except ValueError as error:
+        raise ValueError(
+            f"{path}: {error}; it holds {found.num_codes} codes: --config.train.start_head=new"
+            " starts with a new head"
+        ) from error
+    placed = {name: sharding.place(x, own[name].sharding) for name, x in arrays.items()}
+    return weights.from_named(model, own | placed)
+
+
+def write_weights(folder: epath.Path, model: Weights, card: dict) -> None:
+    """A folder of checkpoints with one in it, step 0, which has no state of an optimiser."""
+    with ocp.CheckpointManager(epath.Path(folder).resolve()) as manager, enough_space(folder):
+        items = ocp.args.Composite(
+            params=ocp.args.StandardSave(dict(model.arrays)),
+            card=ocp.args.JsonSave(card | {"step": 0}),
+        )
+        if 0 not in manager.all_steps():
+            manager.save(0, args=items)
+        manager.wait_until_finished()

@@ -21,7 +21,7 @@ import soxr
 from etils import epath
 
 from hubert_jax import checkpoints, extract, sharding
-from hubert_jax.data import audio, cards
+from hubert_jax.data import audio, cards, codebooks
 from hubert_jax.model import Encoder
 from hubert_jax.ops import frames, kmeans, windows
 
@@ -248,7 +248,7 @@ def _normalized(recording: Recording) -> Iterator[np.ndarray]:
 
 def layer_of(path: epath.PathLike) -> int:
     """The layer whose features a codebook.npz was made from."""
-    facts = _codebook_card(path)["source"]
+    facts = codebooks.read_card(path)["source"]
     if facts["kind"] != "layer":
         raise ValueError(
             f"{path}: made from {facts['kind']} features, not from a layer of a model; give the"
@@ -259,7 +259,7 @@ def layer_of(path: epath.PathLike) -> int:
 
 def read_codebook(path: epath.PathLike, source: extract.Source) -> np.ndarray:
     """Centres float32 (C, D). Raises ValueError unless they were made from this very source."""
-    layer, facts = layer_of(path), _codebook_card(path)["source"]
+    layer, facts = layer_of(path), codebooks.read_card(path)["source"]
     if layer != source.facts["layer"]:
         raise ValueError(
             f"{path}: made from layer {layer}, but layer {source.facts['layer']} was asked for;"
@@ -270,17 +270,7 @@ def read_codebook(path: epath.PathLike, source: extract.Source) -> np.ndarray:
             f"{path}: made from {facts['checkpoint']}, but the checkpoint given is"
             f" {source.facts['checkpoint']}; give the one that the codebook was made from"
         )
-    with np.load(epath.Path(path)) as codebook:
-        return codebook["centers_CD"].astype(np.float32)
-
-
-def _codebook_card(path: epath.PathLike) -> cards.Card:
-    path = epath.Path(path)
-    if not path.exists():
-        raise FileNotFoundError(f"{path}: no codebook; WORK/<iteration>/codebook.npz is one")
-    card = cards.read(path.with_suffix(".json"))
-    cards.require(path.with_suffix(".json"), card, kind="codebook")
-    return card
+    return codebooks.read_centers(path)
 
 
 def assign(features_TD: np.ndarray, centers_CD: np.ndarray) -> np.ndarray:

@@ -12,7 +12,6 @@ B batch, S samples, T frames, D width, N utterances of a corpus
 import contextlib
 import dataclasses
 import functools
-import hashlib
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -118,7 +117,7 @@ def layer_source(
 
 def checkpoint_facts(encoder: "Encoder", card: cards.Card) -> dict[str, Any]:
     """What identifies the encoder of a checkpoint, wherever it lies."""
-    return {"step": card["step"], "encoder": _digest(weights.to_named(encoder))}
+    return {"step": card["step"], "encoder": weights.digest(weights.to_named(encoder))}
 
 
 # Both live here, not in a stage: compiled for one stage, they are there for the next.
@@ -317,12 +316,3 @@ def write_store(
 def _wait_for_all(num_processes: int, name: str) -> None:
     if num_processes > 1:
         multihost_utils.sync_global_devices(name)
-
-
-def _digest(named: dict[str, jax.Array]) -> str:
-    """SHA-256 of arrays and their names."""
-    sha256 = hashlib.sha256()
-    for name, array in sorted(named.items()):
-        sha256.update(f"{name} {array.shape} {array.dtype}".encode())
-        sha256.update(np.ascontiguousarray(array).data)
-    return f"sha256:{sha256.hexdigest()}"

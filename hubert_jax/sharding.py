@@ -94,6 +94,11 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, P())
 
 
+def place(array: np.ndarray, sharding: jax.sharding.Sharding) -> jax.Array:
+    """An array that every process has whole, as a global one; each device is given its part."""
+    return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
+
+
 def batch_ways(mesh: Mesh) -> int:
     """How many parts the rows of a batch are split into."""
     return mesh.shape["data"] * mesh.shape["fsdp"]

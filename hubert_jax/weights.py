@@ -5,9 +5,13 @@ A name is the path through the modules, "encoder.layers.ffn_in.kernel"; stacked 
 leading layer axis.
 """
 
+import hashlib
 from collections.abc import Mapping
 
 import jax
+import numpy as np
+
+Array = jax.Array | np.ndarray
 
 
 def to_named(tree) -> dict[str, jax.Array]:
@@ -15,7 +19,7 @@ def to_named(tree) -> dict[str, jax.Array]:
     return {_name(path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]}
 
 
-def from_named(template, arrays: Mapping[str, jax.Array]):
+def from_named(template, arrays: Mapping[str, Array]):
     """`template` (real or abstract) with its arrays taken from `arrays`.
 
     Raises ValueError that lists names that are missing or unknown and shapes that differ.
@@ -33,6 +37,15 @@ def from_named(template, arrays: Mapping[str, jax.Array]):
         more = f" and {len(problems) - 8} more" if len(problems) > 8 else ""
         raise ValueError("arrays do not fit the model: " + "; ".join(problems[:8]) + more)
     return jax.tree.unflatten(treedef, [arrays[name] for name in wanted])
+
+
+def digest(arrays: Mapping[str, Array]) -> str:
+    """SHA-256 of arrays and their names."""
+    sha256 = hashlib.sha256()
+    for name, array in sorted(arrays.items()):
+        sha256.update(f"{name} {array.shape} {array.dtype}".encode())
+        sha256.update(np.ascontiguousarray(array).data)
+    return f"sha256:{sha256.hexdigest()}"
 
 
 def _name(path) -> str:

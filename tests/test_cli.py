@@ -8,7 +8,7 @@ import types
 
 import pytest
 
-from hubert_jax import cli
+from hubert_jax import cli, config_files
 
 CONFIG = """
 import ml_collections
@@ -60,6 +60,7 @@ def test_help_is_quick_and_loads_neither_jax_nor_configs():
     )
     assert done.stdout.endswith("set()\n")
     assert "pretrain" in done.stdout and "export" in done.stdout
+    assert "  import     what other" in done.stdout
     assert time.monotonic() - started < 3.0  # 0.07 s when nothing else runs
 
 
@@ -73,7 +74,7 @@ def test_stage_gets_config_and_workdir(config, stage, tmp_path):
 
 
 def test_a_referenced_field_follows_its_source(config):
-    load = cli.load_config
+    load = config_files.load
     assert load(f"{config}:it1", ["--config.teacher=x"]).features.checkpoint == "x"
     assert load(f"{config}:it2", ["--config.teacher=x"]).features.checkpoint == ""
 

@@ -7,7 +7,7 @@ import pathlib
 import jax
 import pytest
 
-from hubert_jax import checkpoints, cli, extract, heads, model, optim, sharding
+from hubert_jax import checkpoints, config_files, extract, heads, model, optim, sharding
 from hubert_jax.data import batches, synth
 from hubert_jax.ops import kmeans
 from hubert_jax.stages import prepare, pretrain
@@ -28,13 +28,13 @@ DATACLASSES = {
 CASES = [
     pytest.param(path, iteration, id=f"{path.stem}:{iteration}")
     for path in CONFIGS
-    for iteration in cli.load_config(str(path)).iterations
+    for iteration in config_files.load(str(path)).iterations
 ]
 
 
 @pytest.mark.parametrize(("path", "iteration"), CASES)
 def test_sections_are_what_the_code_reads(path, iteration):
-    config = cli.load_config(f"{path}:{iteration}")
+    config = config_files.load(f"{path}:{iteration}")
     assert config.iteration == iteration
     for section, dataclass in DATACLASSES.items():
         dataclass(**config[section])
@@ -44,7 +44,7 @@ def test_sections_are_what_the_code_reads(path, iteration):
 
 @pytest.mark.parametrize(("path", "iteration"), CASES)
 def test_models_build_abstractly_and_shard(path, iteration):
-    config = cli.load_config(f"{path}:{iteration}")
+    config = config_files.load(f"{path}:{iteration}")
     model_config, head = model.HubertConfig(**config.model), heads.HeadConfig(**config.head)
     built = heads.abstract(model_config, head, (config.kmeans.num_codes,))
     millions = sum(leaf.size for leaf in jax.tree.leaves(built.encoder)) / 1e6
@@ -59,14 +59,14 @@ def test_models_build_abstractly_and_shard(path, iteration):
 
 @pytest.mark.parametrize(("path", "iteration"), CASES)
 def test_layers_come_from_models_that_are_trained(path, iteration):
-    config = cli.load_config(f"{path}:{iteration}")
+    config = config_files.load(f"{path}:{iteration}")
     if config.features.kind == "mfcc":
         assert config.features.checkpoint == "" and iteration == config.iterations[0]
         return
     if "/" in config.features.checkpoint:  # another run's, of base
         assert config.features.layer == 9
         return
-    teacher = cli.load_config(f"{path}:{config.features.checkpoint}")
+    teacher = config_files.load(f"{path}:{config.features.checkpoint}")
     assert teacher.train.num_steps > 0
     assert 0 < config.features.layer <= teacher.model.num_layers
     order = list(config.iterations)
@@ -83,7 +83,7 @@ def test_layers_come_from_models_that_are_trained(path, iteration):
     ],
 )
 def test_rows_of_the_paper(name, iteration, layers, width, seconds, lr, clip, steps, codes):
-    config = cli.load_config(f"{CONFIGS[0].parent / name}.py:{iteration}")
+    config = config_files.load(f"{CONFIGS[0].parent / name}.py:{iteration}")
     assert (config.model.num_layers, config.model.width) == (layers, width)
     assert config.model.ffn_width == 4 * width
     assert (config.batch.seconds, config.optim.peak_lr) == (seconds, lr)
@@ -96,7 +96,7 @@ def test_rows_of_the_paper(name, iteration, layers, width, seconds, lr, clip, st
 def test_a_teacher_from_the_command_line_reaches_the_first_iteration_alone():
     path = CONFIGS[0].parent / "large.py"
     teacher = ["--config.teacher=elsewhere/it2/checkpoints"]
-    first, units = (cli.load_config(f"{path}:{it}", teacher) for it in ("it1", "units"))
+    first, units = (config_files.load(f"{path}:{it}", teacher) for it in ("it1", "units"))
     assert first.features.checkpoint == "elsewhere/it2/checkpoints"
     assert units.features.checkpoint == "it1"
 

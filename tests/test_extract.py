@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from hubert_jax import cli, extract, model
+from hubert_jax import config_files, extract, model
 from hubert_jax.ops import frames, mfcc
 
 LENGTHS = np.array([9_000, 399, 4_000, 9_000, 1_300, 400, 7_321, 2_000, 6_400, 5_555])
@@ -47,7 +47,7 @@ def encoder(**fields) -> model.Encoder:
     """A very small encoder with random parameters, drawn by numpy: quicker than its own init."""
     path = pathlib.Path(__file__).parents[1] / "configs" / "demo.py"
     small = dict(conv_width=4, width=8, ffn_width=8, num_heads=1, num_layers=1, position_groups=1)
-    fields = cli.load_config(str(path)).model.to_dict() | small | fields
+    fields = config_files.load(str(path)).model.to_dict() | small | fields
     make = functools.partial(model.Encoder, model.HubertConfig(**fields))
     abstract = jax.eval_shape(lambda key: make(key=key), jax.random.key(0))
     rng = np.random.default_rng(0)

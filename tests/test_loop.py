@@ -15,7 +15,7 @@ import soundfile
 from etils import epath
 
 import hubert_jax
-from hubert_jax import checkpoints, cli, logs, train, weights
+from hubert_jax import checkpoints, config_files, logs, train, weights
 from hubert_jax.data import arrays, cards
 from hubert_jax.stages import export, features, prepare, pretrain, run
 
@@ -53,7 +53,7 @@ def get_config(tones: pathlib.Path, num_steps: int = 6, **changes):
         overrides = [f"corpus.train={tones}", *SIZES]
         overrides += [f"{name.replace('__', '.')}={value}" for name, value in changes.items()]
         path = f"{DEMO}:{iteration}" if iteration else str(DEMO)
-        config = cli.load_config(path, [f"--config.{override}" for override in overrides])
+        config = config_files.load(path, [f"--config.{override}" for override in overrides])
         if config.train.num_steps:
             config.train.num_steps = num_steps
         return config

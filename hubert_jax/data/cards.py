@@ -67,6 +67,11 @@ def is_made(path: epath.PathLike, wanted: Card) -> bool:
     )
 
 
+def is_imported(path: epath.PathLike) -> bool:
+    """Whether the artefact of the card at `path` is there, brought by `hubert import`."""
+    return epath.Path(path).exists() and "imported" in read(path).get("made_from", {})
+
+
 def require(path: epath.PathLike, card: Card, **expected: Any) -> None:
     """Refuses an input whose card does not say what this stage expects.
 

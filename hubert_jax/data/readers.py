@@ -25,7 +25,8 @@ from typing import BinaryIO, NamedTuple
 import numpy as np
 import soundfile
 
-from hubert_jax.data import alignments, archives, audio
+from hubert_jax.data import alignments, archives, audio, fairseq_files
+from hubert_jax.data.utterance import id_of
 
 KINDS = ("folder", "librispeech", "tsv", "synth")
 BESIDE = (*alignments.SUFFIXES, ".txt")
@@ -180,7 +181,7 @@ def _list_folder(source: Source, speaker_pattern: str) -> list[Item]:
                 others.add(suffix.lower() or name)
                 continue
             path = os.path.join(folder, name)
-            id_ = _id(os.path.relpath(path, source.path))
+            id_ = id_of(os.path.relpath(path, source.path))
             speaker = speaker_of(id_, speaker_pattern)
             items.append(Item(id_, path, _size(path), speaker, "", endings.get(stem, ()), -1))
     if not items:
@@ -236,7 +237,7 @@ def _list_librispeech(source: Source) -> list[Item]:
             if name.endswith(".trans.txt"):
                 texts.update(_transcripts(pathlib.Path(path).read_bytes(), path))
             elif match and suffix.lower() in audio.SUFFIXES:
-                id_ = _id(os.path.relpath(path, source.path))
+                id_ = id_of(os.path.relpath(path, source.path))
                 items.append(Item(id_, path, _size(path), match[1], "", (), -1))
     if not items:
         raise ValueError(
@@ -260,7 +261,7 @@ def _list_archive(source: Source, report: Callable[[float], None]) -> Listing:
             if len(items) < NUM_PROBED:
                 seconds += _seconds(io.BytesIO(data))
                 num_bytes += len(data)
-            id_ = _id(posixpath.normpath(member).removeprefix("LibriSpeech/"))
+            id_ = id_of(posixpath.normpath(member).removeprefix("LibriSpeech/"))
             items.append(Item(id_, member, len(data), match[1], "", (), -1))
     if not items:
         raise ValueError(
@@ -287,35 +288,18 @@ def _with_text(items: list[Item], texts: dict[str, str]) -> list[Item]:
 
 
 def _list_manifest(source: Source, speaker_pattern: str) -> list[Item]:
-    lines = pathlib.Path(source.path).read_text(encoding="utf-8").splitlines()
-    if not lines or "\t" in lines[0]:
-        raise ValueError(f"{source.path}: the first line of a manifest is the folder of the audio")
-    root = os.path.join(os.path.dirname(os.path.abspath(source.path)), lines[0].strip())
+    root, rows = fairseq_files.read_manifest(source.path)
+    if not rows:
+        raise ValueError(f"{source.path}: a manifest of no audio, only its root {root}")
     items = []
-    for number, line in enumerate(lines[1:], start=2):
-        path, tab, num_samples = line.rstrip().partition("\t")
-        if not path:
-            continue
-        if not tab or not num_samples.isdigit():
-            raise ValueError(
-                f"{source.path}, line {number}: {line!r} is not 'path<TAB>number of samples'"
-            )
-        normal = os.path.normpath(path)
-        if os.path.isabs(normal) or normal.split(os.sep)[0] == "..":
-            raise ValueError(f"{source.path}, line {number}: {path!r} leads out of {root}")
-        id_, full = _id(normal), os.path.join(root, normal)
+    for path, num_samples in rows:
+        id_, full = id_of(path), os.path.join(root, path)
         speaker = speaker_of(id_, speaker_pattern)
-        items.append(Item(id_, full, _size(full), speaker, "", (), int(num_samples)))
-    if not items:
-        raise ValueError(f"{source.path}: a manifest of no audio, {len(lines)} line(s)")
+        items.append(Item(id_, full, _size(full), speaker, "", (), num_samples))
     return sorted(items)
 
 
 # What they share.
-
-
-def _id(path: str) -> str:
-    return posixpath.splitext(pathlib.PurePath(path).as_posix())[0]
 
 
 def _size(path: str) -> int:

@@ -21,7 +21,7 @@ from hubert_jax.data import alignments, audio
 from hubert_jax.data.corpus import Record, ShardWriter
 from hubert_jax.data.plan import PlannedShard, Task
 from hubert_jax.data.readers import Item, Recording, recordings
-from hubert_jax.data.utterance import Utterance
+from hubert_jax.data.utterance import Utterance, piece_id
 from hubert_jax.ops import frames
 
 SILENT_PEAK = 32  # of 32768, -60 dB: nothing but dither or the noise of an open line
@@ -110,7 +110,7 @@ def process(recording: Recording, settings: Settings) -> Outcome:
     text = item.text or _text(beside.get(".txt", b""))
     records, rejected = [], []
     for number, piece in enumerate(pieces):
-        id_ = item.id if len(pieces) == 1 else f"{item.id}--{number:04d}"
+        id_ = item.id if len(pieces) == 1 else piece_id(item.id, number)
         if piece.peak < SILENT_PEAK:
             rejected.append((id_, f"silent: no sample above {SILENT_PEAK} of 32768"))
             continue

@@ -4,6 +4,9 @@
 Dimensions: S samples (16 kHz), N intervals of one utterance.
 """
 
+import pathlib
+import posixpath
+import re
 from typing import NamedTuple
 
 import numpy as np
@@ -26,3 +29,19 @@ class Utterance(NamedTuple):
     text: str
     phones: Intervals | None
     words: Intervals | None
+
+
+def id_of(path: str) -> str:
+    """The id of the utterance in an audio file: its path below the root, without extension."""
+    return posixpath.splitext(pathlib.PurePath(path).as_posix())[0]
+
+
+def piece_id(id_: str, number: int) -> str:
+    """The id of a piece of a recording that was cut because it is long."""
+    return f"{id_}--{number:04d}"
+
+
+def cut_from(id_: str) -> str | None:
+    """The id of the recording of which `id_` is a piece, if its name says so."""
+    match = re.fullmatch(r"(.+)--\d{4,}", id_)
+    return match[1] if match else None

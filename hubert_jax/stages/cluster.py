@@ -8,6 +8,7 @@ inertia) and codebook.json, its card. The features are read shard by shard as th
 import dataclasses
 import functools
 import time
+from typing import Any
 
 import jax
 import numpy as np
@@ -16,20 +17,26 @@ from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
 from hubert_jax import logs, sharding
-from hubert_jax.data import arrays, cards
+from hubert_jax.data import arrays, cards, codebooks
 from hubert_jax.ops import kmeans, scores
 
 
 def run(config: ConfigDict, workdir: epath.Path) -> None:
-    """Fits the codebook, or says that it is done.
+    """Fits the codebook, or says that it is done, or was imported.
 
     Raises ValueError when the features are not those that the config names, or when there is a
     codebook here that was made from something else.
     """
     settings = kmeans.KMeansConfig(**config.kmeans)
     folder = workdir / config.iteration
-    store = open_features(folder / "features", config)
     path = folder / "codebook.npz"
+    if cards.is_imported(path.with_suffix(".json")):
+        card = codebooks.read_card(path)
+        expected = {"num_codes": settings.num_codes, **source_of(config)}
+        cards.require(path.with_suffix(".json"), card, **expected)
+        logs.info(f"{path}: imported before")
+        return
+    store = open_features(folder / "features", config)
     made_from = {
         "features": {**store.card["made_from"], "shards": store.card["shards"]},
         "kmeans": dataclasses.asdict(settings),
@@ -58,39 +65,37 @@ def run(config: ConfigDict, workdir: epath.Path) -> None:
 def open_features(folder: epath.Path, config: ConfigDict) -> arrays.Store:
     """The stored features, after a look at whether they are those that the config names."""
     store = arrays.Store(folder)
-    expected = {
-        "kind": "features",
-        "source__kind": config.features.kind,
-        "made_from__sample_share": config.features.sample_share,
-        "made_from__seed": config.seed,
-        "made_from__dtype": config.features.dtype,
-    }
-    if config.features.kind == "layer":
-        expected["source__layer"] = config.features.layer
-    cards.require(folder / "card.json", store.card, **expected)
+    cards.require(
+        folder / "card.json",
+        store.card,
+        kind="features",
+        **source_of(config),
+        made_from__sample_share=config.features.sample_share,
+        made_from__seed=config.seed,
+        made_from__dtype=config.features.dtype,
+    )
     return store
+
+
+def source_of(config: ConfigDict) -> dict[str, Any]:
+    """What cards say of the features that a config names, but for the checkpoint."""
+    features = config.features
+    layer = {"source__layer": features.layer} if features.kind == "layer" else {}
+    return {"source__kind": features.kind, **layer}
 
 
 def write(
     path: epath.Path, codebook: kmeans.KMeans, store: arrays.Store, made_from: cards.Card
 ) -> None:
-    """The codebook, then its card, which says where the features came from."""
-    with cards.whole(path) as unfinished, unfinished.open("wb") as file:
-        np.savez(
-            file,
-            centers_CD=codebook.centers_CD,
-            counts=codebook.counts_C,
-            inertia=np.float64(codebook.inertia),
-        )
-    card = cards.new(
-        "codebook",
+    """The codebook and its card, which says where the features came from."""
+    codebooks.write(
+        path,
+        codebook.centers_CD,
         made_from=made_from,
-        corpus=store.card["corpus"],
         source=store.card["source"],
         rate=store.card["rate"],
-        num_codes=len(codebook.centers_CD),
-        width=store.width,
-        digest=cards.digest(path),
+        arrays={"counts": codebook.counts_C, "inertia": np.array(codebook.inertia)},
+        corpus=store.card["corpus"],
         num_rows=store.num_rows,
         inertia=codebook.inertia,
         used_codes=int(np.sum(codebook.counts_C > 0)),
@@ -98,7 +103,6 @@ def write(
         num_batches=codebook.num_batches,
         num_lloyd_passes=codebook.num_lloyd_passes,
     )
-    cards.write(path.with_suffix(".json"), card)
 
 
 def summary(codebook: kmeans.KMeans) -> str:

@@ -1,54 +1,57 @@
 # SPDX-License-Identifier: Apache-2.0
-"""hubert export: audio and a checkpoint in, numpy features or units out; or the weights.
+"""hubert export: numpy features and units of audio, weights, and labels as fairseq has them.
 
     hubert export features --checkpoint=CKPT --audio=FOLDER --layer=6 --out=DIR
     hubert export units    --checkpoint=CKPT --audio=FOLDER --codebook=FILE --out=DIR
-    hubert export weights  --checkpoint=CKPT --out=DIR
+    hubert export weights  --checkpoint=CKPT --format=hf|fairseq|torchaudio|safetensors --out=DIR
+    hubert export labels   --labels=WORK/it1/labels --corpus=WORK/corpus --out=DIR
+    hubert export codebook --codebook=FILE --out=FILE.npy
 
-writes DIR/<utterance id>.npy (frames, width) or (frames,), DIR/card.json and, for units,
-DIR/units.jsonl. Frame t is centred at offset_seconds + t * hop_seconds. Audio of any length and
-rate; what cannot be read is listed in DIR/rejected.tsv. Started again, it skips what is there.
+Features and units: DIR/<utterance id>.npy (frames, width) or (frames,), DIR/card.json and, for
+units, DIR/units.jsonl. Frame t is centred at offset_seconds + t * hop_seconds. Audio of any length
+and rate; what cannot be read is listed in DIR/rejected.tsv. Started again, it skips what is there.
+Labels: DIR/train.tsv, train.km, valid.tsv, valid.km, dict.km.txt, for the audio files that the
+corpus was made from, or those below --audio. A codebook: its centres, (codes, width).
 """
 
 import argparse
 import functools
-import itertools
 import json
 import os
-import pathlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import NamedTuple
+import shlex
+from collections.abc import Sequence
 
-import numpy as np
-import safetensors.numpy
 from etils import epath
 
-from hubert_jax import checkpoints, encode, extract, logs, weights
-from hubert_jax.data import audio, cards, readers
+from hubert_jax import checkpoints, frame_files, logs, weights
+from hubert_jax.data import arrays, cards, codebooks, fairseq_files, readers
 from hubert_jax.data.corpus import Corpus
-from hubert_jax.ops import frames, windows
+from hubert_jax.data.utterance import cut_from
+from hubert_jax.interchange import formats
+from hubert_jax.ops import frames
 
-WEIGHTS = "model.safetensors"
+FAIRSEQ_NAMES = {"train": "train", "validation": "valid", "test": "test"}
 
 
 def main(argv: Sequence[str]) -> None:
     args = parser().parse_args(argv)
     if args.what == "weights":
-        export_weights(args.checkpoint, args.out)
-        return
-    if args.corpus:
-        work = from_corpus(args.corpus)
+        export_weights(args.checkpoint, args.out, format_=args.format, suffix=args.suffix)
+    elif args.what == "labels":
+        export_labels(args.labels, args.corpus, args.out, audio=args.audio)
+    elif args.what == "codebook":
+        export_codebook(args.codebook, args.out)
     else:
-        work = from_audio(args.audio)
-    export_frames(
-        work,
-        args.checkpoint,
-        args.out,
-        layer=args.layer,
-        codebook=args.codebook if args.what == "units" else None,
-        dtype=args.dtype if args.what == "features" else None,
-        batch_seconds=args.batch_seconds,
-    )
+        frame_files.write(
+            frame_files.from_corpus(args.corpus) if args.corpus
+            else frame_files.from_audio(args.audio),
+            args.checkpoint,
+            args.out,
+            layer=args.layer,
+            codebook=args.codebook if args.what == "units" else None,
+            dtype=args.dtype if args.what == "features" else None,
+            batch_seconds=args.batch_seconds,
+        )  # fmt: skip
 
 
 def parser() -> argparse.ArgumentParser:
@@ -58,274 +61,184 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    kinds = top.add_subparsers(dest="what", required=True, metavar="features|units|weights")
-    for kind in ("features", "units", "weights"):
+    kinds = top.add_subparsers(
+        dest="what", required=True, metavar="features|units|weights|labels|codebook"
+    )
+    for kind in ("features", "units", "weights", "labels", "codebook"):
         sub = kinds.add_parser(kind, allow_abbrev=False)
         add = functools.partial(sub.add_argument, type=epath.Path, required=True)
-        add("--checkpoint", metavar="CKPT", help="WORK/it1/checkpoints or one step in it")
-        add("--out", metavar="DIR", help="where it is written")
-        if kind == "weights":
-            sub.add_argument(
-                "--format", choices=["safetensors"], default="safetensors", help="our own names"
-            )
-            continue
-        source = sub.add_mutually_exclusive_group(required=True)
-        source.add_argument("--audio", metavar="FOLDER", help="or KIND:PATH, as in corpus.train")
-        source.add_argument("--corpus", metavar="WORK/corpus", help="what hubert prepare made")
-        sub.add_argument(
-            "--batch_seconds", type=float, default=120.0, help="audio on the devices (default 120)"
-        )
+        if kind in ("features", "units", "weights"):
+            add("--checkpoint", metavar="CKPT", help="WORK/it1/checkpoints or one step in it")
+        if kind in ("units", "codebook"):
+            add("--codebook", metavar="FILE", help="a codebook.npz")
+        is_file = kind == "codebook"
+        add("--out", metavar="FILE.npy" if is_file else "DIR", help="where it is written")
+        if kind in ("features", "units"):
+            _add_audio(sub)
         if kind == "features":
             sub.add_argument("--layer", type=int, required=True, help="0: input of the first one")
             sub.add_argument("--dtype", choices=["float32", "float16"], default="float32")
-        else:
-            add("--codebook", metavar="FILE", help="a codebook.npz")
+        elif kind == "units":
             sub.add_argument("--layer", type=int, help="as a check: the codebook knows its layer")
+        elif kind == "weights":
+            sub.add_argument(
+                "--format",
+                choices=formats.NAMES,
+                default="safetensors",
+                help="whose names and layout; safetensors: our own names (default)",
+            )
+            sub.add_argument(
+                "--suffix",
+                choices=formats.SUFFIXES,
+                default=formats.SUFFIXES[0],
+                help="of torchaudio's state dict (default %(default)s)",
+            )
+        elif kind == "labels":
+            add("--labels", metavar="WORK/it1/labels", help="what hubert label or import made")
+            add("--corpus", metavar="WORK/corpus", help="what hubert prepare made")
+            sub.add_argument(
+                "--audio", metavar="FOLDER", help="the audio files (default: the corpus' source)"
+            )
     return top
 
 
-class Work(NamedTuple):
-    """The recordings of a folder or corpus."""
+def _add_audio(sub: argparse.ArgumentParser) -> None:
+    source = sub.add_mutually_exclusive_group(required=True)
+    source.add_argument("--audio", metavar="FOLDER", help="or KIND:PATH, as in corpus.train")
+    source.add_argument("--corpus", metavar="WORK/corpus", help="what hubert prepare made")
+    sub.add_argument(
+        "--batch_seconds", type=float, default=120.0, help="audio on the devices (default 120)"
+    )
 
-    origin: str  # for the card
-    ids: list[str]
-    seconds: list[float]  # about
-    open: Callable[[set[str]], Iterator[encode.Recording]]  # those of some ids, in order
+
+# Labels and codebooks, as fairseq has them.
 
 
-def export_frames(
-    work: Work,
-    checkpoint: epath.Path,
-    out: epath.Path,
-    *,
-    layer: int | None,
-    codebook: epath.Path | None,
-    dtype: str | None,
-    batch_seconds: float,
+def export_labels(
+    folder: epath.Path, corpus_folder: epath.Path, out: epath.Path, *, audio: str | None
 ) -> None:
-    """Writes units where there is a codebook, features in `dtype` where there is none."""
-    paths = output_paths(work.ids, out)
-    encoder, card = checkpoints.load_encoder(checkpoint)
-    facts = extract.checkpoint_facts(encoder, card)
-    mesh = extract.local_mesh()
-    if codebook is not None and layer is None:
-        layer = encode.layer_of(codebook)
-    assert layer is not None  # the parser's doing
-    source = extract.layer_source(encoder, facts, layer=layer, mesh=mesh)
-    centers_CD = None if codebook is None else encode.read_codebook(codebook, source)
-    if codebook is None or centers_CD is None:
-        content: cards.Card = {"width": source.width}
-    else:
-        content = {"num_codes": len(centers_CD), "codebook": cards.digest(codebook)}
-        dtype = "int16" if len(centers_CD) <= 2**15 else "int32"
-    content |= {"dtype": dtype}
-    made_from = {"source": source.facts, "audio": work.origin, **content}
-    card = cards.new(
-        "features" if codebook is None else "units",
-        made_from=made_from,
-        mode="exact",  # padding leaves no trace; Encoder.features
-        layer=layer,
-        hop_seconds=frames.HOP / frames.SAMPLE_RATE,
-        offset_seconds=frames.RECEPTIVE_FIELD / 2 / frames.SAMPLE_RATE,
-        window_seconds=windows.WINDOW / frames.FRAME_RATE,
-        overlap_seconds=windows.OVERLAP / frames.FRAME_RATE,
-        **content,
-    )
-    if not cards.is_made(out / "card.json", made_from):
-        cards.write(out / "card.json", card | {"is_finished": False})
+    """OUT/{train,valid,test}.tsv and .km of the splits that have labels, OUT/dict.km.txt, card.
 
-    seconds = dict(zip(work.ids, work.seconds, strict=True))
-    missing = {id_ for id_, path in paths.items() if not path.exists()}
-    done = sum(seconds[id_] for id_ in work.ids if id_ not in missing)
-    rejected: dict[str, str] = {}
-    parts = encode.stream(
-        source,
-        work.open(missing),
-        ladder=encode.LADDER,
-        batch_seconds=batch_seconds,
-        max_rows=len(missing) + int(sum(work.seconds) * frames.FRAME_RATE / windows.WINDOW),
-        mesh=mesh,
-    )
-    title = f"export {card['kind']}"
-    with logs.Progress(title, sum(work.seconds), done=done) as progress:
-        for id_, parts_of_id in itertools.groupby(parts, key=lambda part: part.id):
-            try:
-                with cards.whole(paths[id_]) as unfinished:
-                    rows = _rows(parts_of_id, centers_CD, progress)
-                    write_rows(unfinished, (part.astype(dtype) for part in rows))
-            except audio.Rejected as error:
-                rejected[id_] = str(error)
-
-    _write_rejected(rejected, len(work.ids), out)
-    if codebook is not None:
-        write_units({id_: path for id_, path in paths.items() if id_ not in rejected}, out)
-    counts = {"num_utterances": len(paths) - len(rejected), "num_rejected": len(rejected)}
-    cards.write(out / "card.json", card | counts | {"is_finished": True})
-    logs.info(f"{title}: {counts['num_utterances']} utterances in {out}")
-
-
-def _rows(
-    parts: Iterable[encode.Part], centers_CD: np.ndarray | None, progress: logs.Progress
-) -> Iterator[np.ndarray]:
-    for part in parts:
-        if part.rejected:
-            raise audio.Rejected(part.rejected)
-        progress.advance(part.num_samples / frames.SAMPLE_RATE)
-        if centers_CD is None:
-            yield part.features_TD
-        else:
-            yield encode.assign(part.features_TD, centers_CD)
-
-
-def write_rows(path: epath.Path, parts: Iterable[np.ndarray]) -> None:
-    """An .npy file of arrays put together along their first axis, written as they come."""
-    header, num_rows = None, 0
-    with open(path, "wb") as file:
-        for rows in parts:
-            if rows.dtype.kind == "f" and not np.isfinite(rows).all():
-                raise ValueError(
-                    f"{path}: values that are not finite in {rows.dtype}; if they are too large for"
-                    " float16, give --dtype=float32"
-                )
-            if header is None:  # numpy leaves room for the number of rows to grow
-                header = {"descr": np.lib.format.dtype_to_descr(rows.dtype), "fortran_order": False}
-                np.lib.format.write_array_header_1_0(file, header | {"shape": rows.shape})
-            num_rows, shape = num_rows + len(rows), (num_rows + len(rows), *rows.shape[1:])
-            file.write(np.ascontiguousarray(rows).data)
-        assert header is not None
-        file.seek(0)
-        np.lib.format.write_array_header_1_0(file, header | {"shape": shape})
-
-
-def write_units(paths: dict[str, epath.Path], out: epath.Path) -> None:
-    """units.jsonl: a line for each utterance, repeats taken out."""
-    with cards.whole(out / "units.jsonl") as unfinished, open(unfinished, "w") as file:
-        for id_, path in paths.items():
-            units_N, durations_N = run_lengths(np.load(path))
-            line = {"id": id_, "units": units_N.tolist(), "durations": durations_N.tolist()}
-            file.write(json.dumps(line) + "\n")
-
-
-def run_lengths(codes_T: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Codes without repeats, and how many frames each lasts: np.repeat gives back `codes_T`."""
-    starts_N = np.flatnonzero(np.diff(codes_T, prepend=codes_T[:1] - 1))
-    return codes_T[starts_N], np.diff(starts_N, append=len(codes_T))
-
-
-def output_paths(ids: Sequence[str], out: epath.Path) -> dict[str, epath.Path]:
-    """OUT/<id>.npy of every id. Raises ValueError for one that leads elsewhere, or comes twice."""
-    paths = {}
-    for id_ in ids:
-        parts = pathlib.PurePosixPath(id_).parts
-        if not parts or parts[0] == "/" or ".." in parts:
-            raise ValueError(f"utterance id {id_!r} would be written outside {out}; rename it")
-        if id_ in paths:
-            raise ValueError(
-                f"two recordings have the id {id_!r} (the path without its extension): export them"
-                " apart, or rename one"
-            )
-        paths[id_] = out / f"{id_}.npy"
-    return paths
-
-
-def _write_rejected(rejected: dict[str, str], num_utterances: int, out: epath.Path) -> None:
-    path = out / "rejected.tsv"
-    path.unlink(missing_ok=True)
-    if not rejected:
-        return
-    with cards.whole(path) as unfinished:
-        unfinished.write_text("".join(f"{id_}\t{why}\n" for id_, why in rejected.items()))
-    id_, why = next(iter(rejected.items()))
-    message = (
-        f"{len(rejected)} of {num_utterances} recordings left out, listed in {path}; the first is"
-        f" {id_}: {why}"
-    )
-    if len(rejected) == num_utterances:
-        raise ValueError(message)
-    logs.info(message)
-
-
-# Where recordings come from.
-
-
-def from_audio(specification: str) -> Work:
-    """Every audio file of a folder (or LibriSpeech tree, archive, manifest: data/readers.py)."""
-    listings = {
-        source: readers.listing(source, speaker_pattern="")
-        for source in readers.parse(specification)
-        if source.kind != "synth"
+    Raises ValueError where an utterance is no file that fairseq could read.
+    """
+    corpus = Corpus(corpus_folder)
+    stores = {
+        name: arrays.Store(folder / name)
+        for name in corpus.splits
+        if (folder / name / "card.json").exists()
     }
-    if not listings:
-        raise ValueError(f"--audio={specification} names no folder of audio")
+    if not stores:
+        raise FileNotFoundError(f"{folder}: no labels; WORK/<iteration>/labels has some")
+    first = next(iter(stores.values())).card
+    made_from = {"corpus": corpus.card["fingerprint"], "codebook": first["codebook"], "labels": {}}
+    manifests = {}
+    for name, store in stores.items():
+        cards.require(
+            store.folder / "card.json", store.card,
+            kind="labels", corpus=corpus.card["fingerprint"],
+            codebook=first["codebook"], num_codes=first["num_codes"],
+        )  # fmt: skip
+        manifests[name] = _manifest(store, corpus, name, audio or _source_of(corpus, name))
+        made_from["labels"][name] = {"shards": store.card["shards"], "root": manifests[name].root}
+    if cards.is_made(out / "card.json", made_from):
+        logs.info(f"{out}: done before")
+        return
+    for name, store in stores.items():
+        path = out / f"{FAIRSEQ_NAMES[name]}.km"
+        fairseq_files.write_manifest(path.with_suffix(".tsv"), manifests[name])
+        fairseq_files.write_labels(path, (store[id_] for id_ in store.ids))
+        logs.info(f"{path}: {store.num_rows} labels of {len(store)} utterances")
+    fairseq_files.write_dictionary(out / fairseq_files.DICTIONARY, first["num_codes"])
+    for rate, count in corpus.card["files_by_sample_rate"].items():
+        if int(rate) != frames.SAMPLE_RATE:
+            logs.info(
+                f"{count} files are at {rate} Hz; fairseq wants them at 16000 Hz: convert them"
+            )
+    fields = {name: first[name] for name in ("num_codes", "rate")}
+    cards.write(out / "card.json", cards.new("fairseq labels", made_from=made_from, **fields))
 
-    def open_(ids: set[str]) -> Iterator[encode.Recording]:
-        for source, listing in listings.items():
-            items = [item for item in listing.items if item.id in ids]
-            for recording in readers.recordings(source, items):
-                blocks = functools.partial(_blocks, recording)
-                yield encode.Recording(recording.item.id, blocks)
 
-    return Work(
-        ",".join(f"{source.kind}:{os.path.abspath(source.path)}" for source in listings),
-        [item.id for listing in listings.values() for item in listing.items],
-        [
-            item.num_bytes * listing.seconds_per_byte
-            for listing in listings.values()
-            for item in listing.items
-        ],
-        open_,
-    )
+def _source_of(corpus: Corpus, name: str) -> str:
+    """Where the audio of a split came from, as the config said."""
+    sources = corpus.card["made_from"]["corpus"]
+    return sources[name] or sources["train"]
 
 
-def _blocks(recording: readers.Recording) -> Iterator[np.ndarray]:
+def _manifest(store: arrays.Store, corpus: Corpus, name: str, audio: str) -> fairseq_files.Manifest:
+    """The files of the utterances, in the order of their labels."""
+    root, paths = _files(audio, name)
+    split = corpus.split(name)
+    num_samples = dict(zip(split.ids, split.num_samples.tolist(), strict=True))
+    missing = [id_ for id_ in store.ids if id_ not in paths]
+    if missing:
+        reason = "give the folder that the ids begin in: --audio=FOLDER"
+        if cut_from(missing[0]) in paths:
+            reason = (
+                "it is a piece of a long recording, and fairseq's labels are of whole files:"
+                " prepare the corpus with a larger corpus.max_seconds"
+            )
+        raise ValueError(
+            f"{name}: {len(missing)} of {len(store)} utterances are no files below {root},"
+            f" {missing[0]!r} for one; {reason}"
+        )
+    rows = [fairseq_files.Row(paths[id_], num_samples[id_]) for id_ in store.ids]
+    return fairseq_files.Manifest(root, rows)
+
+
+def _files(audio: str, name: str) -> tuple[str, dict[str, str]]:
+    """The folder that ids begin in, and below it the path of the file of each id."""
     try:
-        file = recording.open()
-    except OSError as error:
-        raise audio.Rejected(f"unreadable: {error.strerror or error}") from error
-    with file, audio.open_file(file) as sound:
-        yield from audio.blocks(sound)
+        sources = readers.parse(audio)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{name}: {error}; say where with --audio=FOLDER") from error
+    if len(sources) != 1 or sources[0].is_archive or sources[0].kind == "synth":
+        raise ValueError(
+            f"{name}: its audio is {audio!r}, but fairseq reads files below one folder; unpack"
+            " them, and give the folder that the ids begin in: --audio=FOLDER"
+        )
+    (source,) = sources
+    root = os.path.abspath(source.path)
+    if source.kind == "tsv":
+        root = fairseq_files.read_manifest(source.path).root
+    items = readers.listing(source, speaker_pattern="").items
+    return root, {item.id: os.path.relpath(item.path, root) for item in items}
 
 
-def from_corpus(folder: epath.PathLike) -> Work:
-    """Every utterance of every split of a prepared corpus."""
-    corpus = Corpus(folder)
-    splits = [corpus.split(name) for name in corpus.splits]
-
-    def open_(ids: set[str]) -> Iterator[encode.Recording]:
-        for split in splits:
-            for position, id_ in enumerate(split.ids):
-                if id_ in ids:
-                    blocks = functools.partial(lambda s, p: [s.audio(p)], split, position)
-                    yield encode.Recording(id_, blocks)
-
-    return Work(
-        corpus.card["fingerprint"],
-        [id_ for split in splits for id_ in split.ids],
-        (np.concatenate([s.num_samples for s in splits]) / frames.SAMPLE_RATE).tolist(),
-        open_,
+def export_codebook(codebook: epath.Path, out: epath.Path) -> None:
+    """FILE.npy: the centres, float32 (codes, width)."""
+    if out.suffix != ".npy":
+        raise ValueError(f"--out={out}: centres are written as .npy; give FILE.npy")
+    card = codebooks.read_card(codebook)
+    fairseq_files.write_centers(out, codebooks.read_centers(codebook))
+    logs.info(
+        f"{out}: {card['num_codes']} centres of width {card['width']}. What fairseq's k-means"
+        f" scripts open:\n  {_joblib_command(out)}"
     )
+
+
+def _joblib_command(path: epath.Path) -> str:
+    """Turns centres into an object that has them as cluster_centers_, all that fairseq asks for."""
+    program = (
+        "import joblib, numpy, types\njoblib.dump(types.SimpleNamespace(cluster_centers_="
+        f"numpy.load({json.dumps(os.fspath(path))})),"
+        f" {json.dumps(os.fspath(path.with_suffix('.bin')))})"
+    )
+    return f"python -c {shlex.quote(program)}"
 
 
 # Weights.
 
 
-def export_weights(checkpoint: epath.Path, out: epath.Path) -> None:
-    """DIR/model.safetensors: every parameter, float32, by its dotted name; layers are stacked."""
-    model, card = checkpoints.load_model(checkpoint)
-    made_from = {"checkpoint": extract.checkpoint_facts(model.encoder, card)}
+def export_weights(checkpoint: epath.Path, out: epath.Path, *, format_: str, suffix: str) -> None:
+    """DIR with the model's files in a format, and a card."""
+    model, card = checkpoints.load_weights(checkpoint)
+    made_from = {"weights": weights.digest(model.arrays), "format": format_}
     if cards.is_made(out / "card.json", made_from):
         logs.info(f"{out}: done before")
         return
-    named = {name: np.ascontiguousarray(array) for name, array in weights.to_named(model).items()}
-    with cards.whole(out / WEIGHTS) as unfinished:
-        safetensors.numpy.save_file(named, unfinished)
+    formats.write(model, out, format_=format_, suffix=suffix)
     cards.write(
         out / "card.json",
-        cards.new(
-            "weights",
-            made_from=made_from,
-            **{name: card[name] for name in ("model", "head", "num_codes", "step")},
-            digest=cards.digest(out / WEIGHTS),
-        ),
+        cards.new("weights", made_from=made_from, step=card["step"], **model.facts()),
     )
-    logs.info(f"{out / WEIGHTS}: {sum(array.size for array in named.values())} parameters")
+    logs.info(f"{out}: {formats.summary(model)}")

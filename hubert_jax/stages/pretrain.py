@@ -34,9 +34,15 @@ FOR_WEIGHTS, FOR_VALIDATION, FOR_TRAINING = range(3)
 class TrainConfig:
     num_steps: int  # updates
     labels: tuple[str, ...]  # to predict at once: iterations of this WORK, or folders of labels
+    start_from: str  # a checkpoint to begin with, own or imported; empty: random weights
+    start_head: str  # of that checkpoint: "kept", or "new" to predict other codes
     accumulate: int  # parts that a batch is worked off in, to save memory; masks are drawn by part
     report_every: int  # steps
     validate_every: int  # steps
+
+    def __post_init__(self):
+        if self.start_head not in ("kept", "new"):
+            raise ValueError(f"train.start_head is {self.start_head!r}: use 'kept' or 'new'")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,6 +108,8 @@ def _pretrain(
         return Hubert(model_config, HeadConfig(**config.head), num_codes, key=key)
 
     model = make_sharded(make, jax.random.fold_in(key, FOR_WEIGHTS), mesh)
+    if settings.start_from and not saved.latest_step:
+        model = checkpoints.start(model, settings.start_from, head=settings.start_head)
     optimizer = optim.adamw(optim_config, num_steps=settings.num_steps)
     state = train.init_state(model, optimizer)
     first_step = saved.latest_step or 0
@@ -312,7 +320,17 @@ def _made_from(config: ConfigDict, corpus: Corpus, stores: list[arrays.Store]) -
         "accumulate": config.train.accumulate,
         "corpus": corpus.card["fingerprint"],
         "labels": [store.card["codebook"] for store in stores],
+        **_started(config.train),
     }
+
+
+def _started(train_config: ConfigDict) -> dict[str, Any]:
+    """What training started from; nothing where the weights were random."""
+    if not train_config.start_from:
+        return {}
+    card = checkpoints.read_card(train_config.start_from)
+    head = train_config.start_head
+    return {"start": {"made_from": card["made_from"], "step": card["step"], "head": head}}
 
 
 def _describe(

@@ -29,7 +29,7 @@ def run(get_config: Callable[[str], Any], workdir: epath.Path) -> None:
     configs = [get_config(name) for name in first.iterations]  # all built before any hour is spent
     walk("prepare", first, workdir, place="[prepare]")
     for config in configs:
-        arrows = arrows_of(config)
+        arrows = arrows_of(config, workdir)
         for number, stage in enumerate(arrows, start=1):
             place = f"[{config.iteration} {number}/{len(arrows)}] {stage}"
             walk(stage, config, workdir, place=place)
@@ -37,9 +37,21 @@ def run(get_config: Callable[[str], Any], workdir: epath.Path) -> None:
     logs.info(score_table(configs, workdir))
 
 
-def arrows_of(config) -> list[str]:
-    trains = config.train.num_steps > 0
-    return ["features", "cluster", "label"] + (["pretrain"] if trains else [])
+def arrows_of(config, workdir: epath.Path) -> list[str]:
+    """The stages of an iteration; nothing is clustered where its codes were imported."""
+    folder = workdir / config.iteration
+    arrows = ["features", "cluster", "label", "pretrain"]
+    if cards.is_imported(folder / "codebook.json") or labels_are_imported(folder):
+        arrows.remove("cluster")
+        if not config.features.dump:
+            arrows.remove("features")
+    if not config.train.num_steps:
+        arrows.remove("pretrain")
+    return arrows
+
+
+def labels_are_imported(folder: epath.Path) -> bool:
+    return cards.is_imported(folder / "labels" / "train" / "card.json")
 
 
 def walk(stage: str, config, workdir: epath.Path, *, place: str) -> None:
@@ -52,10 +64,13 @@ def walk(stage: str, config, workdir: epath.Path, *, place: str) -> None:
 def outputs(configs: Sequence[Any], workdir: epath.Path) -> str:
     """Where the last codebook, its labels and the checkpoints lie, and the next command."""
     last, folder = configs[-1], workdir / configs[-1].iteration
-    lines = [f"  codebook     {folder / 'codebook.npz'}", f"  labels       {folder / 'labels'}"]
+    lines = [f"  labels       {folder / 'labels'}"]
+    has_codebook = not labels_are_imported(folder) or (folder / "codebook.npz").exists()
+    if has_codebook:
+        lines.insert(0, f"  codebook     {folder / 'codebook.npz'}")
     trained = [workdir / c.iteration / "checkpoints" for c in configs if c.train.num_steps > 0]
     lines += [f"  checkpoints  {checkpoints}" for checkpoints in trained]
-    if trained and last.features.kind == "layer":
+    if trained and has_codebook and last.features.kind == "layer":
         lines += [
             "units of other audio:",
             f"  hubert export units --checkpoint={trained[-1]}"

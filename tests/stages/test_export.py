@@ -2,6 +2,7 @@
 """Export and the Python call: the same features by both roads, for audio of any length."""
 
 import json
+import pathlib
 
 import jax
 import numpy as np
@@ -11,11 +12,12 @@ import soundfile
 import soxr
 
 import hubert_jax
-from hubert_jax import checkpoints, encode, heads, model, train, weights
+from hubert_jax import checkpoints, encode, frame_files, heads, model, train, weights
 from hubert_jax.data import batches, cards
 from hubert_jax.ops import frames, windows
-from hubert_jax.stages import export
+from hubert_jax.stages import export, import_
 
+DEMO = pathlib.Path(__file__).parents[2] / "configs" / "demo.py"
 WIDTH, LAYER = 16, 2
 MODEL = dict(
     conv_width=8,
@@ -254,6 +256,22 @@ def test_units_expand_back(checkpoint, folder, loaded, exported, tmp_path):
     assert len(np.unique(codes_T)) > 1
 
 
+def test_an_imported_codebook_gives_units(checkpoint, folder, loaded, tmp_path):
+    centers_CD = np.random.default_rng(0).normal(size=(5, WIDTH)).astype(np.float32)
+    np.save(tmp_path / "km.npy", centers_CD)
+    import_.main(
+        ["codebook", f"--path={tmp_path / 'km.npy'}", f"--config={DEMO}:it2"]
+        + [f"--workdir={tmp_path / 'work'}", f"--config.features.checkpoint={checkpoint}"]
+        + [f"--config.features.layer={LAYER}", "--config.kmeans.num_codes=5"]
+    )
+    path = tmp_path / "work" / "it2" / "codebook.npz"
+    run("units", checkpoint, folder, tmp_path / "out", f"--codebook={path}")
+    wave, _ = soundfile.read(folder / "speaker1/a.flac", dtype="float32")
+    codes_T = np.load(tmp_path / "out" / "speaker1/a.npy")
+    np.testing.assert_array_equal(codes_T, loaded.units(wave, centers_CD, layer=LAYER))
+    assert len(np.unique(codes_T)) > 1
+
+
 def test_codebooks_of_something_else_are_refused(checkpoint, folder, loaded, tmp_path):
     path, _ = write_codebook(tmp_path / "codebook.npz", checkpoint, layer=LAYER)
     with pytest.raises(ValueError, match=r"made from layer 2, but layer 1 was asked for"):
@@ -316,7 +334,7 @@ def test_corpus_is_exported_by_its_ids(checkpoint, loaded, monkeypatch, tmp_path
         splits = ("train/x", "validation/y")
         split = staticmethod(FakeSplit)
 
-    monkeypatch.setattr(export, "Corpus", lambda folder: FakeCorpus)
+    monkeypatch.setattr(frame_files, "Corpus", lambda folder: FakeCorpus)
     export.main(
         ["features", f"--checkpoint={checkpoint}", "--corpus=WORK/corpus", "--layer=1"]
         + [f"--out={tmp_path}", "--dtype=float16"]
@@ -331,9 +349,9 @@ def test_corpus_is_exported_by_its_ids(checkpoint, loaded, monkeypatch, tmp_path
 def test_ids_stay_inside(tmp_path):
     for id_ in ("../x", "/etc/x", "a/../../x", ""):
         with pytest.raises(ValueError, match=r"would be written outside"):
-            export.output_paths([id_], tmp_path)
+            frame_files.output_paths([id_], tmp_path)
     with pytest.raises(ValueError, match=r"two recordings have the id 'a'"):
-        export.output_paths(["a", "b", "a"], tmp_path)
+        frame_files.output_paths(["a", "b", "a"], tmp_path)
 
 
 def test_nothing_readable_is_an_error(checkpoint, tmp_path):
@@ -347,7 +365,7 @@ def test_nothing_readable_is_an_error(checkpoint, tmp_path):
 def test_weights_are_those_of_the_model(checkpoint, tmp_path):
     for _ in range(2):
         export.main(["weights", f"--checkpoint={checkpoint}", f"--out={tmp_path}"])
-    named = safetensors.numpy.load_file(tmp_path / export.WEIGHTS)
+    named = safetensors.numpy.load_file(tmp_path / "model.safetensors")
     hubert, _ = checkpoints.load_model(checkpoint)
     np.testing.assert_array_equal(
         named["encoder.layers.ffn_in.kernel"], hubert.encoder.layers.ffn_in.kernel[...]
@@ -360,5 +378,5 @@ def test_weights_are_those_of_the_model(checkpoint, tmp_path):
 
 def test_first_differing_runs():
     codes_T = np.array([3, 3, 0, 0, 0, 3], np.int16)
-    units_N, durations_N = export.run_lengths(codes_T)
+    units_N, durations_N = frame_files.run_lengths(codes_T)
     assert units_N.tolist() == [3, 0, 3] and durations_N.tolist() == [2, 3, 1]

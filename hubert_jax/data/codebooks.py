@@ -1,0 +1,84 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A codebook on disk: codebook.npz, its centres, and codebook.json, the card that says of what.
+
+C codes, D width
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from etils import epath
+
+from hubert_jax.data import cards
+
+MAX_CODES = np.iinfo(np.int16).max + 1  # labels are stored as int16
+
+
+def write(
+    path: epath.Path,
+    centers_CD: np.ndarray,
+    *,
+    made_from: cards.Card,
+    source: Mapping[str, Any],
+    rate: int,
+    arrays: Mapping[str, np.ndarray],
+    **results: Any,
+) -> None:
+    """The codebook, with `arrays` beside its centres, then its card.
+
+    `source` are the facts of the features, `rate` their frames per second.
+    """
+    with cards.whole(path) as unfinished, unfinished.open("wb") as file:
+        np.savez(file, centers_CD=centers_CD, **arrays)  # type: ignore[arg-type]
+    card = cards.new(
+        "codebook",
+        made_from=made_from,
+        source=source,
+        rate=rate,
+        num_codes=len(centers_CD),
+        width=centers_CD.shape[1],
+        digest=cards.digest(path),
+        **results,
+    )
+    cards.write(path.with_suffix(".json"), card)
+
+
+def read_card(path: epath.PathLike) -> cards.Card:
+    """The card of a codebook.npz. Raises FileNotFoundError where there is none."""
+    path = epath.Path(path)
+    card_path = path.with_suffix(".json")
+    if not path.exists() or not card_path.exists():
+        raise FileNotFoundError(
+            f"{path}: no codebook with its card; WORK/<iteration>/codebook.npz is one: run hubert"
+            " cluster first, or hubert import codebook"
+        )
+    card = cards.read(card_path)
+    cards.require(card_path, card, kind="codebook")
+    return card
+
+
+def read_centers(path: epath.PathLike) -> np.ndarray:
+    """float32 (C, D) of a codebook.npz."""
+    with np.load(epath.Path(path)) as codebook:
+        return codebook["centers_CD"].astype(np.float32)
+
+
+def read_matching(
+    path: epath.Path, *, source: Mapping[str, Any], width: int, num_codes: int
+) -> np.ndarray:
+    """The centres of a codebook of the features that `source` says. Raises ValueError."""
+    cards.require(path.with_suffix(".json"), read_card(path), source=source, num_codes=num_codes)
+    centers_CD = read_centers(path)
+    if centers_CD.shape != (num_codes, width):
+        raise ValueError(
+            f"{path}: centres of shape {centers_CD.shape}, expected {(num_codes, width)}; remove it"
+            " and run hubert cluster again"
+        )
+    check_num_codes(num_codes)
+    return centers_CD
+
+
+def check_num_codes(num_codes: int) -> None:
+    if num_codes > MAX_CODES:
+        raise ValueError(f"kmeans.num_codes is {num_codes}; labels can have at most {MAX_CODES}")
