@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""MFCC-39 against stored numbers of Kaldi (goldens/make_mfcc.py), alone and in padded batches."""
+"""MFCC-39 against stored numbers of Kaldi (goldens/make.py), alone and in padded batches."""
 
 import pathlib
 
@@ -7,9 +7,10 @@ import jax
 import numpy as np
 import pytest
 
+from hubert_jax import parity
 from hubert_jax.ops import frames, mfcc
 
-GOLDEN = np.load(pathlib.Path(__file__).parents[1] / "goldens" / "mfcc.npz")
+GOLDEN = np.load(pathlib.Path(parity.__file__).parent / "goldens" / "mfcc.npz")
 LENGTHS = (400, 560, 1_359, 24_321)
 
 # Wider than 1e-4 for digital silence, where torchaudio is 1.6e-4 from the numbers that float64
