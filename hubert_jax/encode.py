@@ -25,8 +25,8 @@ from hubert_jax.data import audio, cards, codebooks
 from hubert_jax.model import Encoder
 from hubert_jax.ops import frames, kmeans, windows
 
-# Windows are padded to one of these (3, 8, 16 and 30 s), and XLA compiles each length once.
-LADDER = np.array([150, 400, 800, windows.WINDOW + 2]) * frames.HOP  # samples
+# Windows are padded to one of these (1, 3, 8, 16, 30 s), and XLA compiles each length once.
+LADDER = np.array([50, 150, 400, 800, windows.WINDOW + 2]) * frames.HOP  # samples
 GROUP_BATCHES = 8  # windows of so many batches are sorted by length: less padding, more memory
 
 
@@ -120,7 +120,7 @@ def check_wave(wave_S: np.ndarray, sample_rate: int) -> np.ndarray:
 def too_short(num_samples: int) -> str:
     return (
         f"too short: {num_samples} samples at 16 kHz, one frame takes {frames.RECEPTIVE_FIELD}"
-        " (25 ms)"
+        " (25 ms); leave it out, or pad it with silence"
     )
 
 
@@ -149,11 +149,13 @@ def stream(
     batch_seconds: float,
     max_rows: int,
     mesh: jax.sharding.Mesh,
+    report_padding: Callable[[float], object] = lambda share: None,
 ) -> Iterator[Part]:
     """Features of the recordings, one after the other; a thread reads while the devices work.
 
     Batches hold up to `batch_seconds` of audio and `max_rows` windows, padded to a length of
-    `ladder`; each device has a window at least.
+    `ladder`; each device has a window at least. `report_padding` is told in the end which share of
+    what was computed was padding.
     """
     if source.normalize:  # whole recordings, not windows
         recordings = (r._replace(blocks=functools.partial(_normalized, r)) for r in recordings)
@@ -182,6 +184,7 @@ def stream(
                     yield Part(id_, np.zeros((0, source.width), np.float32), 0, rejected)
                 if window is None or window.is_last:
                     join, samples_joined = windows.Join(), 0
+    report_padding(extractor.share_of_padding)
 
 
 class _Item(NamedTuple):

@@ -83,6 +83,7 @@ def write(
     missing = {id_ for id_, path in paths.items() if not path.exists()}
     done = sum(seconds[id_] for id_ in work.ids if id_ not in missing)
     rejected: dict[str, str] = {}
+    wasted: list[float] = []
     parts = encode.stream(
         source,
         work.open(missing),
@@ -90,6 +91,7 @@ def write(
         batch_seconds=batch_seconds,
         max_rows=len(missing) + int(sum(work.seconds) * frames.FRAME_RATE / windows.WINDOW),
         mesh=mesh,
+        report_padding=wasted.append,
     )
     title = f"export {card['kind']}"
     with logs.Progress(title, sum(work.seconds), done=done) as progress:
@@ -106,7 +108,8 @@ def write(
         write_units({id_: path for id_, path in paths.items() if id_ not in rejected}, out)
     counts = {"num_utterances": len(paths) - len(rejected), "num_rejected": len(rejected)}
     cards.write(out / "card.json", card | counts | {"is_finished": True})
-    logs.info(f"{title}: {counts['num_utterances']} utterances in {out}")
+    padding = f"; {100 * wasted[0]:.0f} % of the work was padding" if missing else ""
+    logs.info(f"{title}: {counts['num_utterances']} utterances in {out}{padding}")
 
 
 def _rows(

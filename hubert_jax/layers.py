@@ -76,11 +76,25 @@ class GroupNorm(nnx.Module):
         else:
             real_BT1 = (jnp.arange(x_BTC.shape[1]) < lengths_B[:, None])[..., None]
             count_B11 = jnp.maximum(lengths_B, 1).astype(jnp.float32)[:, None, None]
-            mean_B1C = jnp.sum(x32_BTC * real_BT1, axis=1, keepdims=True) / count_B11
+            mean_B1C = _sum_over_time(x32_BTC * real_BT1) / count_B11
             squares_BTC = jnp.square(x32_BTC - mean_B1C) * real_BT1
-            variance_B1C = jnp.sum(squares_BTC, axis=1, keepdims=True) / count_B11
+            variance_B1C = _sum_over_time(squares_BTC) / count_B11
         normed_BTC = (x32_BTC - mean_B1C) * jax.lax.rsqrt(variance_B1C + NORM_EPS)
         return (normed_BTC * self.scale[...] + self.bias[...]).astype(x_BTC.dtype)
+
+
+def _sum_over_time(x_BTC, block: int = 64):
+    """Sums of `block` frames, then their sum: (B, 1, C).
+
+    XLA on CPU would add the frames of a single row one after the other in float32: an utterance
+    alone would be 1e-5 from the same one in a batch, whose sums are blocked in any case.
+    """
+    missing = -x_BTC.shape[1] % block
+    window = (1, block, 1)
+    sums_BTC = jax.lax.reduce_window(
+        x_BTC, 0.0, jax.lax.add, window, window, ((0, 0), (0, missing), (0, 0))
+    )
+    return jnp.sum(sums_BTC, axis=1, keepdims=True)
 
 
 def dropout(x, rate: float, key):

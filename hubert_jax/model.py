@@ -108,6 +108,11 @@ class Encoder(nnx.Module):
 
     def extract(self, wave_BS, *, num_samples_B=None, padding: str = "exact"):
         """Output of the convolutions, before any projection: (B, T, C)."""
+        if wave_BS.shape[1] < frames.RECEPTIVE_FIELD:
+            raise ValueError(
+                f"{wave_BS.shape[1]} samples are no frame: one takes {frames.RECEPTIVE_FIELD}; pad"
+                " with zeros and give num_samples_B, or leave them out"
+            )
         wave_BS = wave_BS.astype(self.config.dtype)
         return self.extractor(wave_BS, num_samples_B=num_samples_B, padding=padding)
 
