@@ -60,6 +60,12 @@ def test_another_rule_for_padding_is_noticed():
     assert "every layer" not in outside(rows)
 
 
+def test_a_small_gradient_is_held_to_its_own_size():
+    row = compare.compare(stored("fairseq", "base"))[-2]
+    assert row.quantity == "gradient of every parameter"
+    assert not row._replace(difference=1e-9, relative=1e-3).is_within
+
+
 def test_weights_of_another_model_are_refused():
     theirs = stored("torchaudio", "base")
     model = {**theirs.model, "num_layers": 3}

@@ -34,10 +34,12 @@ class Row(NamedTuple):
     relative: float  # to the largest value of theirs
     tolerance: float  # of the difference, or of the relative one where values exceed 1
     note: str = ""
+    is_small: bool = False  # values are far below 1, so that only the relative one says anything
 
     @property
     def is_within(self) -> bool:
-        return min(self.difference, self.relative) <= self.tolerance
+        found = self.relative if self.is_small else min(self.difference, self.relative)
+        return found <= self.tolerance
 
 
 def compare(theirs: Record) -> list[Row]:
@@ -76,16 +78,13 @@ def compare(theirs: Record) -> list[Row]:
     row("loss", loss, theirs.arrays["loss"], STACK)
     row("feature penalty", penalty, theirs.arrays["penalty"], STACK)
     wanted = theirs.below("gradients")
-    differences = {n: float(np.abs(gradients[n] - wanted[n]).max()) for n in wanted}
-    largest = {n: float(np.abs(wanted[n]).max()) for n in wanted}
-    # A gradient that is 0 but for rounding (of the keys' biases) is measured by the others.
-    floor = 1e-3 * max(largest.values())
-    relative = {n: differences[n] / max(largest[n], floor) for n in wanted}
-    worst = max(relative, key=lambda name: relative[name])
-    quantity, found = "gradient of every parameter", (differences[worst], relative[worst])
-    rows.append(Row(quantity, peer, theirs.kind, *found, STACK, f"worst: {worst}"))
-    updated, wanted_updated = _joined(ours.step(wanted)), _joined(theirs.below("updated"))
-    row("AdamW step from the peer's gradients", updated, wanted_updated, PART)
+    rows.append(_gradients(gradients, wanted, peer, theirs.kind))
+    del gradients
+    updated, wanted = ours.step(wanted), theirs.below("updated")
+    differences = [float(np.abs(updated[name] - wanted[name]).max()) for name in wanted]
+    largest = max(float(np.abs(x).max()) for x in wanted.values())
+    found = max(differences), max(differences) / largest
+    rows.append(Row("AdamW step from the peer's gradients", peer, theirs.kind, *found, PART))
     return rows
 
 
@@ -98,8 +97,21 @@ def difference(quantity: str, peer: str, model: str, ours, wanted, tolerance: fl
     return Row(quantity, peer, model, largest, largest / float(np.abs(wanted).max()), tolerance)
 
 
-def _joined(state: Mapping[str, np.ndarray]) -> np.ndarray:
-    return np.concatenate([state[name].reshape(-1) for name in sorted(state)])
+def _gradients(
+    ours: Mapping[str, np.ndarray], wanted: Mapping[str, np.ndarray], peer: str, model: str
+) -> Row:
+    """The parameter whose gradient is furthest from the peer's, relative to its largest value.
+
+    A gradient that is 0 but for rounding (of the keys' biases) is measured by the others.
+    """
+    largest = {name: float(np.abs(x).max()) for name, x in wanted.items()}
+    floor = 1e-3 * max(largest.values())
+    differences = {name: float(np.abs(ours[name] - x).max()) for name, x in wanted.items()}
+    relative = {name: x / max(largest[name], floor) for name, x in differences.items()}
+    worst = max(relative, key=lambda name: relative[name])
+    found = differences[worst], relative[worst]
+    note = f"worst: {worst}"
+    return Row("gradient of every parameter", peer, model, *found, STACK, note, is_small=True)
 
 
 def _table(theirs: Record) -> names.Table:
@@ -171,14 +183,7 @@ class _Ours:
 
     def step(self, gradients: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """The weights after one AdamW step, under the peer's names."""
-        config = optim.OptimConfig(
-            peak_lr=record.LEARNING_RATE, warmup_steps=1, beta1=record.BETAS[0],
-            beta2=record.BETAS[1], eps=record.EPS, weight_decay=record.WEIGHT_DECAY, clip_norm=0.0,
-        )  # fmt: skip
-        optimizer = optim.adamw(config, num_steps=2)  # the first update is at the peak
-        model = self._model
-        updates, _ = optimizer.update(self._from_theirs(gradients), optimizer.init(model), model)
-        return self._to_theirs(optax.apply_updates(model, updates))
+        return self._to_theirs(_step(self._model, self._from_theirs(gradients)))
 
 
 @jax.jit
@@ -205,3 +210,14 @@ def _loss(model, wave_BS, labels_BT, mask_BT):
 
 
 _train = jax.jit(_loss)
+
+
+@jax.jit
+def _step(model, gradients):
+    config = optim.OptimConfig(
+        peak_lr=record.LEARNING_RATE, warmup_steps=1, beta1=record.BETAS[0],
+        beta2=record.BETAS[1], eps=record.EPS, weight_decay=record.WEIGHT_DECAY, clip_norm=0.0,
+    )  # fmt: skip
+    optimizer = optim.adamw(config, num_steps=2)  # the first update is at the peak
+    updates, _ = optimizer.update(gradients, optimizer.init(model), model)
+    return optax.apply_updates(model, updates)
