@@ -169,8 +169,22 @@ def start(model: Hubert, path, *, head: str) -> Hubert:
                 f"{path}: its model.{field} is {theirs[field]!r}, the config has {ours[field]!r}:"
                 f" train with --config.model.{field}={theirs[field]}"
             )
-    if head == "kept" and found.head is None:
-        raise ValueError(f"{path}: has no code prediction; give --config.train.start_head=new")
+    if head == "kept":
+        assert model.head is not None
+        if found.head is None:
+            raise ValueError(f"{path}: has no code prediction; give --config.train.start_head=new")
+        if found.num_codes != model.head.num_codes:  # also where they are as many together
+            raise ValueError(
+                f"{path}: its head predicts {found.num_codes} codes, the labels have"
+                f" {model.head.num_codes}: --config.train.start_head=new starts with a new head"
+            )
+        temperature = found.head.temperature
+        if temperature != model.head.config.temperature:
+            raise ValueError(
+                f"{path}: its head.temperature is {temperature}, the config has"
+                f" {model.head.config.temperature}: train with"
+                f" --config.head.temperature={temperature}"
+            )
     own = weights.to_named(model)
     taken = ("encoder.",) if head == "new" else ("encoder.", "head.")
     arrays = {name: x for name, x in found.arrays.items() if name.startswith(taken)}
@@ -178,8 +192,8 @@ def start(model: Hubert, path, *, head: str) -> Hubert:
         weights.from_named(model, {**own, **arrays})
     except ValueError as error:
         raise ValueError(
-            f"{path}: {error}; it holds {found.num_codes} codes: --config.train.start_head=new"
-            " starts with a new head"
+            f"{path}: {error}; where only its head differs, --config.train.start_head=new starts"
+            " with a new one"
         ) from error
     placed = {name: sharding.place(x, own[name].sharding) for name, x in arrays.items()}
     return weights.from_named(model, own | placed)

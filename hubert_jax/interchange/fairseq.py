@@ -125,8 +125,10 @@ def write(model: Weights, folder: epath.PathLike) -> None:
     """
     folder = epath.Path(folder)
     if bool(model.head) == bool(model.ctc):
-        raise ValueError("fairseq holds a code prediction or a CTC output: this model has "
-                         f"{'both' if model.head else 'neither'}")  # fmt: skip
+        raise ValueError(
+            "fairseq's models have a code prediction or a CTC output, this one has"
+            f" {'both' if model.head else 'neither: export it as hf or torchaudio'}"
+        )
     table = table_for(model.config.conv_norm, is_fine_tuned=model.ctc is not None)
     state = names.to_theirs(model.arrays, table, spelling=names.OLD_SPELLING)
     if model.ctc:
@@ -136,23 +138,27 @@ def write(model: Weights, folder: epath.PathLike) -> None:
                 f" this model's are {' '.join(model.ctc.symbols[:5])} ..., the blank"
                 f" {model.ctc.symbols[model.ctc.blank]}"
             )
-        _write_dictionary(folder / "dict.ltr.txt", model.ctc.symbols[len(SPECIALS) :])
+        dictionaries = {"ltr": model.ctc.symbols[len(SPECIALS) :]}
     else:
         codes = table["head.codes_CE"]
         state[codes] = _with_specials(state[codes], model.num_codes)
-        for label, num in zip(_label_names(model.num_codes), model.num_codes, strict=True):
-            _write_dictionary(folder / f"dict.{label}.txt", [str(code) for code in range(num)])
-    data = os.path.abspath(folder)
+        dictionaries = {
+            label: tuple(map(str, range(num)))
+            for label, num in zip(_label_names(model.num_codes), model.num_codes, strict=True)
+        }
+    path = folder / "model.pt"
     contents = {
-        "cfg": _cfg(model, data),
-        "model": tensors.to_torch(state, folder),
+        "cfg": _cfg(model, os.path.abspath(folder)),
+        "model": tensors.to_torch(state, path),
         # fairseq reads these keys; it takes a missing lr_scheduler_state for a file of 2018
         "optimizer_history": [{"optimizer_name": "FairseqAdam", "lr_scheduler_state": {}}],
         "extra_state": {},
     }
     if model.ctc:  # "no dictionaries" spares the codes of the pretraining
         contents["task_state"] = {"dictionaries": [None]}
-    tensors.save_pt(folder / "model.pt", contents)
+    for label, symbols in dictionaries.items():
+        _write_dictionary(folder / f"dict.{label}.txt", symbols)
+    tensors.save_pt(path, contents)
 
 
 def table_for(conv_norm: str, *, is_fine_tuned: bool) -> names.Table:
@@ -188,13 +194,16 @@ def _config(
         if model.get(key, wanted) != wanted:
             raise ValueError(f"{path}: {key} is {model[key]!r}; this model knows {wanted!r} only")
     told = {ours: model[theirs] for ours, theirs in FIELDS.items() if theirs in model}
-    if num_heads:
-        told.setdefault("num_heads", num_heads)
     if "extractor_mode" in model:
+        if model["extractor_mode"] not in CONV_NORMS:
+            raise ValueError(
+                f"{path}: extractor_mode is {model['extractor_mode']!r}; this model knows"
+                f" {' and '.join(CONV_NORMS)} only"
+            )
         told["conv_norm"] = CONV_NORMS[model["extractor_mode"]]
     if task.get("normalize") is not None:
         told["normalize_audio"] = bool(task["normalize"])
-    config = shapes.config(state, table, told, origin=path)
+    config = shapes.config(state, table, told, num_heads=num_heads, origin=path)
     layers = _conv_layers(config.conv_width)
     if "conv_feature_layers" in model and _written_out(model["conv_feature_layers"]) != layers:
         raise ValueError(
@@ -250,8 +259,9 @@ def _written_out(conv_layers: str) -> str:
 
 
 def _dictionaries(task_state: Any) -> list[list[str]]:
-    """The symbols of every pickled dictionary, specials included."""
-    found = task_state.get("dictionaries") or [task_state.get("target_dictionary")]
+    """The symbols of every pickled dictionary, specials included: of CTC, or of the clusters."""
+    target = task_state.get("target_dictionary")
+    found = [target] if target else task_state.get("dictionaries") or []
     return [one["symbols"] for one in found if one]
 
 

@@ -17,13 +17,14 @@ def read(path: epath.PathLike, *, format_: str, num_heads: int | None = None) ->
     `num_heads` is for state dicts that come without a config. Raises ValueError naming what does
     not fit, FileNotFoundError, and ImportError where a .pt file needs torch.
     """
+    path = epath.Path(path)
     if format_ == "hf":
-        return transformers.read(path)
+        return transformers.read(_folder(path))
     if format_ == "fairseq":
         return fairseq.read(path, num_heads=num_heads)
     if format_ == "torchaudio":
         return torchaudio.read(path, num_heads=num_heads)
-    return _read_ours(epath.Path(path))
+    return _read_ours(_folder(path))
 
 
 def write(
@@ -53,6 +54,11 @@ def summary(model: Weights) -> str:
     parts += [f"{num} codes" for num in model.num_codes]
     parts += [f"{len(model.ctc.symbols)} CTC symbols"] if model.ctc else []
     return ", ".join(parts if model.head or model.ctc else [*parts, "no head"])
+
+
+def _folder(path: epath.Path) -> epath.Path:
+    """Of a format that is a folder, also where somebody named the weights in it."""
+    return path.parent if path.is_file() else path
 
 
 def _read_ours(folder: epath.Path) -> Weights:

@@ -113,11 +113,12 @@ def to_ours(
 ) -> dict[str, np.ndarray]:
     """Our arrays, float32 of `shapes`, out of a torch state dict in either spelling.
 
-    Raises ValueError with every tensor that is missing, unused or of another shape.
+    Raises ValueError with every tensor that is missing, unused, of another shape or no floats.
     """
     state = respelled(state, OLD_SPELLING)
     arrays = {name: np.empty(shape, np.float32) for name, shape in shapes.items()}
     missing, misshaped, used = [], [], set()
+    no_floats = [f"{name} {x.dtype}" for name, x in state.items() if x.dtype.kind != "f"]
     for name, array in arrays.items():
         for part in _parts(name, array.shape, table):
             used.add(part.theirs)
@@ -137,6 +138,7 @@ def to_ours(
             ("missing", missing),
             ("unused", unused),
             ("of another shape", misshaped),
+            ("no floats", no_floats),
         )
         if names
     ]
@@ -239,8 +241,12 @@ def _leaf(ours: str) -> str:
 
 
 def respelled(state: Mapping[str, np.ndarray], spelling: tuple[str, str]) -> dict[str, np.ndarray]:
-    """The same tensors with weight norm in one spelling, whichever it was in."""
-    return {_spelled(name, spelling): tensor for name, tensor in state.items()}
+    """The same tensors with weight norm in one spelling. Raises ValueError if it is in both."""
+    new = {_spelled(name, spelling): tensor for name, tensor in state.items()}
+    if len(new) < len(state):
+        twice = sorted(name for name in state if name != _spelled(name, spelling))
+        raise ValueError(f"weight norm is there in both spellings: remove {_listed(twice)}")
+    return new
 
 
 def _spelled(name: str, spelling: tuple[str, str]) -> str:

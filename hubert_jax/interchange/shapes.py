@@ -19,13 +19,19 @@ def config(
     table: names.Table,
     told: Mapping[str, Any],
     *,
+    num_heads: int | None,
     origin: os.PathLike,
 ) -> HubertConfig:
     """The config of a torch state dict; `told` are fields that a file beside it knows.
 
-    The rest is that of the published models: base where the norm is over groups, else large. Raises
-    ValueError where told and found differ, or nobody knows the heads; KeyError on a missing tensor.
+    `num_heads` is what the caller says. The rest is that of the published models: base where the
+    norm is over groups, else large. Raises ValueError where these differ, or nobody knows the
+    heads; KeyError on a missing tensor.
     """
+    if num_heads and told.get("num_heads", num_heads) != num_heads:
+        raise ValueError(
+            f"{origin}: --num_heads is {num_heads}, its config says {told['num_heads']}"
+        )
     found = _shapes(state, table)
     for field, value in found.items():
         if told.get(field, value) != value:
@@ -34,7 +40,7 @@ def config(
                 f" {value!r}"
             )
     fields = usual(found["conv_norm"]) | {"num_heads": NUM_HEADS.get(found["width"])}
-    fields |= found | dict(told)
+    fields |= found | ({"num_heads": num_heads} if num_heads else {}) | dict(told)
     if fields["num_heads"] is None:
         raise ValueError(
             f"{origin}: the tensors do not say how many attention heads there are, which is known"

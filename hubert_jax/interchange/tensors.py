@@ -52,15 +52,19 @@ def write(path: epath.PathLike, state: Mapping[str, np.ndarray]) -> None:
     if path.suffix == SAFETENSORS:
         with cards.whole(path) as unfinished:  # transformers wants to know who wrote it
             safetensors.numpy.save_file(contiguous, unfinished, metadata={"format": "pt"})
+            os.chmod(unfinished, 0o644)  # safetensors makes files that only their owner may read
     else:
         save_pt(path, to_torch(contiguous, path))
 
 
 def _read_shards(index: epath.Path) -> dict[str, np.ndarray]:
-    files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    outside = [name for name in files if name != pathlib.PurePosixPath(name).name]
-    if outside:
-        raise ValueError(f"{index}: shard {outside[0]!r} is not a file beside it")
+    try:
+        files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{index}: not an index of shards: {error!r}") from error
+    for name in files:
+        if not isinstance(name, str) or name != pathlib.PurePosixPath(name).name:
+            raise ValueError(f"{index}: shard {name!r} is not a file beside it")
     state: dict[str, np.ndarray] = {}
     for name in files:
         state |= read(index.parent / name)
@@ -77,6 +81,8 @@ def _float32(tensor: np.ndarray) -> np.ndarray:
 
 class StandIn:
     """An object of a class that is not to be imported: what it holds, no behaviour."""
+
+    arguments: tuple[Any, ...] = ()  # pickle may make an object without a call
 
     def __init__(self, *arguments: Any):
         self.arguments = arguments
@@ -102,7 +108,8 @@ def load_pt(path: epath.PathLike) -> Any:
         with torch.serialization.safe_globals(classes):
             return torch.load(os.fspath(path), map_location="cpu", weights_only=True)
     except Exception as error:  # whatever a damaged file provokes
-        raise ValueError(f"{path}: not read: {str(error).splitlines()[0]}") from error
+        reason = (str(error).splitlines() or [repr(error)])[0]
+        raise ValueError(f"{path}: not read: {reason}") from error
 
 
 def save_pt(path: epath.PathLike, contents: Any) -> None:
@@ -133,13 +140,15 @@ def _values(contents: Any) -> list[Any]:
 
 
 def plain(value: Any) -> Any:
-    """Dicts, lists and values of what stand-ins hold: namespaces, omegaconf's containers."""
+    """Dicts, lists and values of what stand-ins hold: namespaces, omegaconf's containers, enums."""
     if isinstance(value, StandIn):
         held = {name: x for name, x in vars(value).items() if name != "arguments"}
         for wrapped in ("_content", "_val"):  # omegaconf
             if wrapped in held:
                 return plain(held[wrapped])
-        return plain(held) if held else plain(list(value.arguments))
+        if held or len(value.arguments) != 1:
+            return plain(held or list(value.arguments))
+        return plain(value.arguments[0])  # an enum is a call with its value
     if isinstance(value, Mapping):
         return {name: plain(x) for name, x in value.items()}
     if isinstance(value, list | tuple):

@@ -2,7 +2,8 @@
 """torchaudio's HuBERT: the state dict of hubert_pretrain_model(...), or of the bare wav2vec2_model.
 
     model.safetensors   or model.pt (needs torch)
-    torchaudio.json     which function of torchaudio.models makes the model, and its arguments
+    torchaudio.json     which function of torchaudio.models makes the model, and its arguments; a
+                        section "hubert_jax" with what torchaudio has no argument for
 
 A state dict from elsewhere comes without the second file. Shapes then tell the architecture but for
 the number of heads, which is known for the published widths; the dropouts are those of torchaudio's
@@ -79,8 +80,8 @@ def read(path: epath.PathLike, *, num_heads: int | None = None) -> Weights:
     is_pretraining = any(name.startswith("wav2vec2.") for name in state)
     table = names.within(names.TORCHAUDIO, "wav2vec2." if is_pretraining else "", but=OUTSIDE)
     try:
-        told = _told(path.parent / ARGUMENTS, num_heads)
-        config = shapes.config(state, table, told, origin=path)
+        told, symbols = _told(path.parent / ARGUMENTS)
+        config = shapes.config(state, table, told, num_heads=num_heads, origin=path)
         head: HeadConfig | None = None
         num_codes: tuple[int, ...] = ()
         ctc: CtcConfig | None = None
@@ -89,7 +90,7 @@ def read(path: epath.PathLike, *, num_heads: int | None = None) -> Weights:
             head, num_codes = HeadConfig(code_width, TEMPERATURE, False, "uniform"), (num,)
         if f"{table['ctc']}.weight" in state:
             num_symbols = len(state[f"{table['ctc']}.weight"])
-            ctc = CtcConfig(tuple(f"#{i}" for i in range(num_symbols)), 0)
+            ctc = symbols or CtcConfig(tuple(f"#{i}" for i in range(num_symbols)), 0)
     except KeyError as error:
         raise ValueError(f"{path}: no HuBERT of torchaudio: has no {error.args[0]}") from error
     names.add_mask_embedding(state, table, width=config.width, origin=str(path))
@@ -101,9 +102,11 @@ def write(model: Weights, folder: epath.PathLike, *, suffix: str = tensors.SAFET
     """Weights for `load_state_dict`, and the call that makes the model.
 
     The mask embedding goes along where there is a head: the bare model has no place for it. Raises
-    ValueError for several label sets, which torchaudio does not know.
+    ValueError for several label sets or outputs, which torchaudio does not know.
     """
     folder = epath.Path(folder)
+    if model.head and model.ctc:
+        raise ValueError("torchaudio holds a code prediction or a CTC output: this model has both")
     if len(model.num_codes) > 1:
         raise ValueError(f"torchaudio predicts one label set, this model {len(model.num_codes)}")
     if model.head and model.head.temperature != TEMPERATURE:
@@ -117,7 +120,8 @@ def write(model: Weights, folder: epath.PathLike, *, suffix: str = tensors.SAFET
     state = names.to_theirs(arrays, table, spelling=names.NEW_SPELLING)
     tensors.write(folder / f"model{suffix}", state)
     with cards.whole(folder / ARGUMENTS) as unfinished:
-        unfinished.write_text(json.dumps(call(model), indent=2))
+        kept = {"normalize_audio": model.config.normalize_audio, "ctc": model.facts()["ctc"]}
+        unfinished.write_text(json.dumps(call(model) | {"hubert_jax": kept}, indent=2))
 
 
 def call(model: Weights) -> dict[str, Any]:
@@ -140,11 +144,20 @@ def call(model: Weights) -> dict[str, Any]:
     return {"function": "hubert_pretrain_model", "arguments": arguments}
 
 
-def _told(path: epath.Path, num_heads: int | None) -> dict[str, Any]:
-    """Our fields, as far as the file of arguments, or the caller, knows them."""
-    arguments = json.loads(path.read_text())["arguments"] if path.exists() else {}
+def _told(path: epath.Path) -> tuple[dict[str, Any], CtcConfig | None]:
+    """Our fields and the symbols, as far as the file of arguments knows them."""
+    if not path.exists():
+        return {}, None
+    try:
+        contents = json.loads(path.read_text())
+        arguments, kept = contents["arguments"], contents.get("hubert_jax", {})
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path}: does not say how the model is made: {error!r}") from error
     fields = FIELDS | PRETRAINING_FIELDS
     told = {ours: arguments[theirs] for ours, theirs in fields.items() if theirs in arguments}
     if "gradient_scale" in told:
         told["gradient_scale"] = told["gradient_scale"] or 1.0
-    return told | ({"num_heads": num_heads} if num_heads else {})
+    if "normalize_audio" in kept:
+        told["normalize_audio"] = kept["normalize_audio"]
+    ctc = kept.get("ctc")
+    return told, CtcConfig(tuple(ctc["symbols"]), ctc["blank"]) if ctc else None

@@ -4,7 +4,8 @@
     config.json                      the architecture; ours adds a section "hubert_jax" with what
                                      transformers has no field for
     model.safetensors                or shards with an index, or pytorch_model.bin (needs torch)
-    preprocessor_config.json         whether waveforms are normalised
+    preprocessor_config.json         whether waveforms are normalised; since 5.0, a processor keeps
+                                     this in processor_config.json
     vocab.json                       HubertForCTC's symbols
     pretraining_head.safetensors     ours: the code prediction under fairseq's names, for which
                                      transformers has no place; it does not look at this file
@@ -30,6 +31,7 @@ WEIGHT_FILES = (
     "model.safetensors.index.json", "model.safetensors",
     "pytorch_model.bin.index.json", "pytorch_model.bin",
 )  # fmt: skip
+PROCESSORS = ("processor", "preprocessor")  # in the order that transformers looks for them
 
 # Our fields of HubertConfig and the keys of config.json.
 FIELDS = {
@@ -76,7 +78,8 @@ def read(folder: epath.PathLike) -> Weights:
     head, num_codes = _head(config, folder)
     ctc = None
     if "lm_head.weight" in state:
-        ctc = _ctc(folder, num_symbols=len(state["lm_head.weight"]), blank=config["pad_token_id"])
+        blank = config.get("pad_token_id", 0)  # transformers' own default
+        ctc = _ctc(folder, num_symbols=len(state["lm_head.weight"]), blank=blank)
     model = Weights(_to_ours(config, folder), head, num_codes, ctc, {})
     is_inside = any(name.startswith("hubert.") for name in state)  # of HubertForCTC and its like
     table = _table(model, prefix="hubert." if is_inside else "")
@@ -135,12 +138,12 @@ def _to_ours(config: dict[str, Any], folder: epath.Path) -> HubertConfig:
         for name, value in shapes.usual(fields["conv_norm"]).items()
         if name not in fields
     }
-    preprocessor = folder / "preprocessor_config.json"
-    if preprocessor.exists():
-        others["normalize_audio"] = bool(_read_json(preprocessor)["do_normalize"])
+    extractor = _extractor(folder)
+    if extractor is not None:  # transformers' own default is to normalise
+        others["normalize_audio"] = bool(extractor.get("do_normalize", True))
     else:
         logs.info(
-            f"{folder}: no preprocessor_config.json; waveforms are taken to be"
+            f"{folder}: no preprocessor_config.json: waveforms are taken to be"
             f" {'' if others['normalize_audio'] else 'not '}normalised, as in the published model"
             " of this kind"
         )
@@ -165,6 +168,14 @@ def _to_theirs(model: Weights) -> dict[str, Any]:
     if model.ctc:
         config |= {"vocab_size": len(model.ctc.symbols), "pad_token_id": model.ctc.blank}
     return config
+
+
+def _extractor(folder: epath.Path) -> dict[str, Any] | None:
+    """The settings of the feature extractor, from the file that transformers prefers."""
+    processor, preprocessor = (folder / f"{name}_config.json" for name in PROCESSORS)
+    if processor.exists() and "feature_extractor" in (found := _read_json(processor)):
+        return found["feature_extractor"]
+    return _read_json(preprocessor) if preprocessor.exists() else None
 
 
 def _preprocessor(config: HubertConfig) -> dict[str, Any]:
@@ -193,6 +204,11 @@ def _head(config: dict[str, Any], folder: epath.Path) -> tuple[HeadConfig | None
 
 
 def _ctc(folder: epath.Path, *, num_symbols: int, blank: int) -> CtcConfig:
+    if blank not in range(num_symbols):
+        raise ValueError(
+            f"{folder / 'config.json'}: pad_token_id, the blank, is {blank}; there are"
+            f" {num_symbols} symbols"
+        )
     path = folder / "vocab.json"
     if not path.exists():
         logs.info(f"{folder}: no vocab.json; the {num_symbols} symbols are called by their numbers")

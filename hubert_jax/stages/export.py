@@ -233,7 +233,10 @@ def export_weights(checkpoint: epath.Path, out: epath.Path, *, format_: str, suf
     """DIR with the model's files in a format, and a card."""
     model, card = checkpoints.load_weights(checkpoint)
     made_from = {"weights": weights.digest(model.arrays), "format": format_}
+    if format_ == "torchaudio":
+        made_from["suffix"] = suffix
     if cards.is_made(out / "card.json", made_from):
+        cards.require(out / "card.json", cards.read(out / "card.json"), **model.facts())
         logs.info(f"{out}: done before")
         return
     formats.write(model, out, format_=format_, suffix=suffix)

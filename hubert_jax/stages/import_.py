@@ -100,6 +100,7 @@ def import_weights(
     model = formats.read(path, format_=format_, num_heads=num_heads)
     made_from = {"imported": {"format": format_, "weights": weights.digest(model.arrays)}}
     if cards.is_made(out / "card.json", made_from):
+        cards.require(out / "card.json", cards.read(out / "card.json"), **model.facts())
         logs.info(f"{out}: imported before")
         return
     card = cards.new("checkpoint", made_from=made_from, **model.facts())

@@ -71,9 +71,7 @@ def run(config: ConfigDict, workdir: epath.Path) -> None:
         head=config.head.to_dict(),
         num_codes=num_codes,
     )
-    started = cards.is_made(folder / "card.json", card["made_from"])
-    if not started and jax.process_index() == 0:
-        cards.write(folder / "card.json", card)
+    cards.is_made(folder / "card.json", card["made_from"])
 
     saved = checkpoints.Checkpoints(folder, checkpoints.CheckpointConfig(**config.checkpoints))
     try:
@@ -150,6 +148,9 @@ def _pretrain(
         key=jax.random.fold_in(key, FOR_VALIDATION),
     )
     learning_rate = optim.schedule(optim_config, num_steps=settings.num_steps)
+    # Now that everything fits: a refusal leaves nothing that the mended config would not match.
+    if not (saved.folder / "card.json").exists() and jax.process_index() == 0:
+        cards.write(saved.folder / "card.json", card)
     _describe(state, plans["train"], corpus, settings, num_codes, first_step)
 
     title = f"pretrain {config.iteration}"
