@@ -16,6 +16,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from hubert_jax import sharding, weights
+from hubert_jax.data import cards
 from hubert_jax.heads import Hubert, Weights
 from hubert_jax.model import Encoder
 from hubert_jax.train import State
@@ -200,12 +201,18 @@ def start(model: Hubert, path, *, head: str) -> Hubert:
 
 
 def write_weights(folder: epath.Path, model: Weights, card: dict) -> None:
-    """A folder of checkpoints with one in it, step 0, which has no state of an optimiser."""
-    with ocp.CheckpointManager(epath.Path(folder).resolve()) as manager, enough_space(folder):
+    """A folder of checkpoints with one in it, step 0, which has no state of an optimiser.
+
+    Raises ValueError when the folder has a checkpoint that was made from something else.
+    """
+    folder = epath.Path(folder)
+    with ocp.CheckpointManager(folder.resolve()) as manager, enough_space(folder):
+        if manager.latest_step() is not None:
+            cards.require(folder / "card.json", read_card(folder), made_from=card["made_from"])
+            return
         items = ocp.args.Composite(
             params=ocp.args.StandardSave(dict(model.arrays)),
             card=ocp.args.JsonSave(card | {"step": 0}),
         )
-        if 0 not in manager.all_steps():
-            manager.save(0, args=items)
+        manager.save(0, args=items)
         manager.wait_until_finished()

@@ -6,6 +6,8 @@ constrained by the same names at a few points of the model; nothing else knows a
 """
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import numpy as np
@@ -69,6 +71,12 @@ def param_shardings(mesh: Mesh, model):
         return jax.tree.map(lambda _: NamedSharding(mesh, _spec(shape, axes, sizes)), param)
 
     return jax.tree.map(shard, model, is_leaf=lambda leaf: hasattr(leaf, "axes"))
+
+
+def make_sharded(make: Callable[[jax.Array], Any], key, mesh):
+    """`make(key)`, a model, created with every parameter already where the mesh wants it."""
+    shardings = param_shardings(mesh, jax.eval_shape(make, key))
+    return jax.jit(make, out_shardings=shardings)(key)
 
 
 def _spec(shape, axes, sizes: dict[str, int]) -> P:

@@ -7,6 +7,7 @@ again is the same run.
 """
 
 import contextlib
+import math
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -151,6 +152,10 @@ def sum_metrics(metrics: list[dict]) -> Sums:
         return float(sum(step[name][part] for step in metrics))
 
     return {name: (total(name, 0), total(name, 1)) for name in metrics[0]}
+
+
+def means(sums: Sums) -> dict[str, float]:
+    return {name: total / count if count else math.nan for name, (total, count) in sums.items()}
 
 
 @contextlib.contextmanager

@@ -15,21 +15,22 @@ FLOORS = (
     ("ops",),
     ("data",),
     ("sharding", "weights", "optim", "logs", "train", "config_files"),
-    ("layers", "model", "heads", "checkpoints", "extract", "encode", "frame_files"),
+    ("layers", "model", "heads", "pretraining", "checkpoints", "extract", "encode", "frame_files"),
     ("interchange",),
-    ("parity",),
+    ("parity", "bench"),
     ("stages",),
     ("", "cli"),  # "": the package itself
 )
 DATA, STAGES = 1, 6
+BENCH = "hubert_jax/bench/peers.py"
 ONLY_IN: dict[str, tuple[str, ...]] = {
     "orbax": ("hubert_jax/checkpoints.py",),
     "tensorflow_datasets": ("hubert_jax/data/corpus.py",),
     "espeakng_loader": ("hubert_jax/data/synth.py",),
     "tensorboardX": ("hubert_jax/logs.py",),
-    "torch": ("hubert_jax/interchange/tensors.py", "hubert_jax/parity/peers.py"),
-    "transformers": ("hubert_jax/parity/peers.py",),
-    "torchaudio": ("hubert_jax/parity/peers.py",),
+    "torch": ("hubert_jax/interchange/tensors.py", "hubert_jax/parity/peers.py", BENCH),
+    "transformers": ("hubert_jax/parity/peers.py", BENCH),
+    "torchaudio": ("hubert_jax/parity/peers.py", BENCH),
     "fairseq": ("hubert_jax/parity/peers.py",),
     "tensorflow": (),
 }

@@ -7,7 +7,16 @@ import pathlib
 import jax
 import pytest
 
-from hubert_jax import checkpoints, config_files, extract, heads, model, optim, sharding
+from hubert_jax import (
+    checkpoints,
+    config_files,
+    extract,
+    heads,
+    model,
+    optim,
+    pretraining,
+    sharding,
+)
 from hubert_jax.data import batches, synth
 from hubert_jax.ops import kmeans
 from hubert_jax.stages import prepare, pretrain
@@ -19,7 +28,7 @@ DATACLASSES = {
     "kmeans": kmeans.KMeansConfig,
     "model": model.HubertConfig,
     "head": heads.HeadConfig,
-    "loss": pretrain.LossConfig,
+    "loss": pretraining.LossConfig,
     "batch": batches.BatchConfig,
     "optim": optim.OptimConfig,
     "train": pretrain.TrainConfig,

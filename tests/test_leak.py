@@ -11,7 +11,7 @@ from hubert_jax.stages import prepare
 from tests.test_loop import get_config, write_tones
 
 PACKAGE = pathlib.Path(__file__).parents[1] / "hubert_jax"
-SCORING = "stages/label.py"
+SCORING = "data/labels.py"
 
 
 def test_only_scoring_asks_a_split_for_its_phones_or_words():

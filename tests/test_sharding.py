@@ -8,8 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hubert_jax import optim, sharding, train
-from hubert_jax.stages import pretrain
+from hubert_jax import optim, pretraining, sharding, train
 from tests import tiny
 
 LAYOUTS = {
@@ -22,7 +21,7 @@ OPTIM = optim.OptimConfig(
     peak_lr=1e-2, warmup_steps=1, beta1=0.9, beta2=0.98, eps=1e-6, weight_decay=0.01, clip_norm=1.0
 )
 LOSS = functools.partial(
-    pretrain.pretraining_loss, config=pretrain.LossConfig(10.0, 0.0, 0.0), num_steps=10
+    pretraining.loss, config=pretraining.LossConfig(10.0, 0.0, 0.0), num_steps=10
 )
 
 
@@ -39,7 +38,7 @@ def batch(rows=8, samples=8_000):
 def loss_and_gradients(layout, devices=None):
     mesh = sharding.make_mesh(**layout, devices=devices)
     with jax.set_mesh(mesh):
-        model = pretrain.make_sharded(lambda key: tiny.model(), jax.random.key(0), mesh)
+        model = sharding.make_sharded(lambda key: tiny.model(), jax.random.key(0), mesh)
 
         def loss(model, batch):
             value = LOSS(model, batch, jax.random.key(1), 0)
@@ -68,7 +67,7 @@ def test_loss_and_gradients_do_not_depend_on_the_layout(layout):
 def test_moments_are_sharded_like_their_parameters_before_and_after_a_step(layout):
     mesh = sharding.make_mesh(**LAYOUTS[layout])
     with jax.set_mesh(mesh):
-        model = pretrain.make_sharded(lambda key: tiny.model(), jax.random.key(0), mesh)
+        model = sharding.make_sharded(lambda key: tiny.model(), jax.random.key(0), mesh)
         optimizer = optim.adamw(OPTIM, num_steps=10)
         state = train.init_state(model, optimizer)
         step = train.make_step(LOSS, optimizer, accumulate=1)
@@ -88,7 +87,7 @@ def test_moments_are_sharded_like_their_parameters_before_and_after_a_step(layou
 
 def test_fsdp_divides_the_memory():
     mesh = sharding.make_mesh(data=1, fsdp=8, tensor=1)
-    model = pretrain.make_sharded(lambda key: tiny.model(), jax.random.key(0), mesh)
+    model = sharding.make_sharded(lambda key: tiny.model(), jax.random.key(0), mesh)
     total = sum(leaf.nbytes for leaf in jax.tree.leaves(model))
     on_first = sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(model))
     assert on_first < total / 4  # the smallest arrays stay whole

@@ -9,13 +9,12 @@ import jax
 import numpy as np
 import pytest
 
-from hubert_jax import checkpoints, optim, sharding, train
-from hubert_jax.stages import pretrain
+from hubert_jax import checkpoints, optim, pretraining, sharding, train
 from tests import tiny
 from tests.test_sharding import OPTIM, batch
 
 LOSS = functools.partial(
-    pretrain.pretraining_loss, config=pretrain.LossConfig(10.0, 1.0, 0.0), num_steps=10
+    pretraining.loss, config=pretraining.LossConfig(10.0, 1.0, 0.0), num_steps=10
 )
 KEEP = checkpoints.CheckpointConfig(every=2, keep_last=2, keep_every=0)
 
@@ -71,7 +70,7 @@ def test_a_checkpoint_restores_onto_another_mesh(trained, tmp_path):
     state = fit(make(), step, 0, 1)
     saved.save(state, {"kind": "checkpoint"})
     mesh = sharding.make_mesh(data=2, fsdp=4, tensor=1)
-    model = pretrain.make_sharded(lambda key: tiny.model(), jax.random.key(0), mesh)
+    model = sharding.make_sharded(lambda key: tiny.model(), jax.random.key(0), mesh)
     target = train.init_state(model, optim.adamw(OPTIM, num_steps=10))
     restored = saved.restore(target)
     saved.close()
@@ -160,10 +159,8 @@ def test_the_unmasked_weight_moves_linearly_and_counts_frames_only_while_it_is_a
     model = tiny.model()
     losses = {}
     for start, end, at in [(0.0, 0.0, 0), (1.0, 0.0, 0), (1.0, 0.0, 5), (1.0, 0.0, 10)]:
-        config = pretrain.LossConfig(10.0, start, end)
-        value = pretrain.pretraining_loss(
-            model, batch(), jax.random.key(0), at, config=config, num_steps=10
-        )
+        config = pretraining.LossConfig(10.0, start, end)
+        value = pretraining.loss(model, batch(), jax.random.key(0), at, config=config, num_steps=10)
         losses[start, at] = value
     masked = losses[0.0, 0]
     unmasked_sum = float(masked.metrics["unmasked_loss"][0])
@@ -181,7 +178,7 @@ def test_the_unmasked_weight_moves_linearly_and_counts_frames_only_while_it_is_a
 def test_two_label_sets_are_summed_and_divided_by_the_frames_of_one():
     model = tiny.model(num_codes=(12, 7))
     labels = np.concatenate([batch()["labels"], batch()["labels"] % 7], axis=-1)
-    value = jax.jit(functools.partial(LOSS, config=pretrain.LossConfig(0.0, 0.0, 0.0)))(
+    value = jax.jit(functools.partial(LOSS, config=pretraining.LossConfig(0.0, 0.0, 0.0)))(
         model, batch() | {"labels": labels}, jax.random.key(0), 0
     )
     parts = [float(value.metrics[name][0]) for name in ("masked_loss", "masked_loss_1")]
@@ -195,7 +192,7 @@ def test_parts_of_a_batch_train_on_a_mesh_like_on_one_device():
         mesh = sharding.make_mesh(data=devices, fsdp=1, tensor=1, devices=jax.devices()[:devices])
         with jax.set_mesh(mesh):
             optimizer = optim.adamw(OPTIM, num_steps=10)
-            model = pretrain.make_sharded(lambda key: tiny.model(), jax.random.key(0), mesh)
+            model = sharding.make_sharded(lambda key: tiny.model(), jax.random.key(0), mesh)
             step = train.make_step(LOSS, optimizer, accumulate=2)
             put = sharding.put_batch(mesh, batch())
             _, metrics = step(train.init_state(model, optimizer), put, jax.random.key(0))
@@ -206,8 +203,8 @@ def test_parts_of_a_batch_train_on_a_mesh_like_on_one_device():
 
 def test_the_loss_starts_near_ln_k():
     head = tiny.dataclasses.replace(tiny.HEAD, code_width=256)
-    value = pretrain.pretraining_loss(
+    value = pretraining.loss(
         tiny.model(num_codes=(100,), head=head), batch(), jax.random.key(0), 0,
-        config=pretrain.LossConfig(0.0, 0.0, 0.0), num_steps=10,
+        config=pretraining.LossConfig(0.0, 0.0, 0.0), num_steps=10,
     )  # fmt: skip
     assert float(value.total / value.weight) == pytest.approx(np.log(100), abs=1.0)

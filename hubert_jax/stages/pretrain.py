@@ -14,16 +14,15 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from etils import epath
 from ml_collections import ConfigDict
 
-from hubert_jax import checkpoints, logs, optim, sharding, train
+from hubert_jax import checkpoints, logs, optim, pretraining, sharding, train
 from hubert_jax.data import arrays, batches, cards
 from hubert_jax.data.corpus import Corpus
 from hubert_jax.heads import HeadConfig, Hubert
 from hubert_jax.model import HubertConfig
-from hubert_jax.ops import frames, losses, masking
+from hubert_jax.ops import frames
 
 SPLITS = ("train", "validation")
 # What each key that is folded from the seed is for.
@@ -45,14 +44,6 @@ class TrainConfig:
             raise ValueError(f"train.start_head is {self.start_head!r}: use 'kept' or 'new'")
 
 
-@dataclasses.dataclass(frozen=True)
-class LossConfig:
-    penalty: float  # on the extractor's output
-    # Weight of the frames that are not masked, moving linearly over the run; the reference: 0, 0.
-    unmasked_weight_start: float
-    unmasked_weight_end: float
-
-
 def run(config: ConfigDict, workdir: epath.Path) -> None:
     """Trains until train.num_steps, or says that it is done.
 
@@ -66,7 +57,7 @@ def run(config: ConfigDict, workdir: epath.Path) -> None:
     folder = workdir / config.iteration / "checkpoints"
     card = cards.new(
         "checkpoint",
-        made_from=_made_from(config, corpus, labels["train"]),
+        made_from=_made_from(config, corpus, labels["train"], folder),
         model=config.model.to_dict(),
         head=config.head.to_dict(),
         num_codes=num_codes,
@@ -105,7 +96,7 @@ def _pretrain(
     def make(key):
         return Hubert(model_config, HeadConfig(**config.head), num_codes, key=key)
 
-    model = make_sharded(make, jax.random.fold_in(key, FOR_WEIGHTS), mesh)
+    model = sharding.make_sharded(make, jax.random.fold_in(key, FOR_WEIGHTS), mesh)
     if settings.start_from and not saved.latest_step:
         model = checkpoints.start(model, settings.start_from, head=settings.start_head)
     optimizer = optim.adamw(optim_config, num_steps=settings.num_steps)
@@ -141,7 +132,7 @@ def _pretrain(
             yield step, sharding.put_batch(mesh, batch)
 
     loss = functools.partial(
-        pretraining_loss, config=LossConfig(**config.loss), num_steps=settings.num_steps
+        pretraining.loss, config=pretraining.LossConfig(**config.loss), num_steps=settings.num_steps
     )
     validate = validation(
         lambda: stream("validation", 0, len(plans["validation"])),
@@ -160,7 +151,7 @@ def _pretrain(
     ):
 
         def report(step: int, sums: train.Sums, seconds: float, waited: float) -> None:
-            values = means(sums) | {
+            values = train.means(sums) | {
                 "learning_rate": float(learning_rate(step - 1)),
                 "audio_seconds_per_second": sums["audio_seconds"][0] / seconds,
                 "seconds_waited_for_data": waited,
@@ -188,90 +179,18 @@ def _pretrain(
         )
 
 
-def make_sharded(make: Callable[[jax.Array], Hubert], key, mesh) -> Hubert:
-    """`make(key)`, a model, created with every parameter already where the mesh wants it."""
-    shardings = sharding.param_shardings(mesh, jax.eval_shape(make, key))
-    return jax.jit(make, out_shardings=shardings)(key)
-
-
-def pretraining_loss(
-    model: Hubert, batch, key, step, *, config: LossConfig, num_steps: int
-) -> train.Loss:
-    """Masked prediction of every label set plus the feature penalty, as sums.
-
-    batch: audio (B, S), labels (B, T, G), weights B. `key` draws masks, dropout and layer drop.
-    Source: fairseq's hubert_criterion, which divides by the frames that count at all and not by
-    their weights.
-    """
-    mask_key, dropout_key = jax.random.split(key)
-    start, end = config.unmasked_weight_start, config.unmasked_weight_end
-    unmasked_weight = start + (end - start) * step / num_steps
-    predictions, penalty = predict(model, batch, mask_key, dropout_key)
-    first = predictions[0]
-    weight = first.masked_frames + jnp.where(unmasked_weight > 0, first.unmasked_frames, 0.0)
-    total = (
-        sum(p.masked_loss for p in predictions)
-        + unmasked_weight * sum(p.unmasked_loss for p in predictions)
-        + config.penalty * penalty * weight
-    )
-    metrics = summary(predictions, penalty) | {
-        "audio_seconds": (batch["audio"].size / frames.SAMPLE_RATE, 1.0),
-        "unmasked_weight": (jnp.float32(unmasked_weight), 1.0),
-    }
-    return train.Loss(total, weight, metrics)
-
-
 def validation(stream: Callable[[], Iterator[tuple[int, Any]]], *, key):
     """A function from a model to its means on `stream()`: the same crops and masks every time."""
 
     @jax.jit
     def evaluate(model, batch, key):
-        return summary(*predict(model, batch, key, None))
+        return pretraining.summary(*pretraining.predict(model, batch, key, None))
 
     def validate(model: Hubert) -> dict[str, float]:
         sums = [evaluate(model, batch, jax.random.fold_in(key, n)) for n, batch in stream()]
-        return means(train.sum_metrics(jax.device_get(sums)))
+        return train.means(train.sum_metrics(jax.device_get(sums)))
 
     return validate
-
-
-def predict(
-    model: Hubert, batch, mask_key, dropout_key
-) -> tuple[list[losses.Prediction], jax.Array]:
-    """The sums of every label set, and the feature penalty."""
-    labels_BTG = batch["labels"]
-    encoder = model.encoder.config
-    mask_BT = masking.span_mask(
-        mask_key, *labels_BTG.shape[:2], prob=encoder.mask_prob, length=encoder.mask_length
-    )
-    logits, penalty = model(batch["audio"], mask_BT, key=dropout_key)
-    predictions = [
-        losses.prediction(logits_BTC, labels_BTG[..., g], mask_BT, batch["weights"])
-        for g, logits_BTC in enumerate(logits)
-    ]
-    return predictions, penalty
-
-
-def summary(predictions: list[losses.Prediction], penalty: jax.Array) -> dict[str, tuple]:
-    """(sum, count) of what is logged; label sets after the first have their number in the name."""
-    metrics: dict[str, tuple] = {"feature_penalty": (penalty, 1.0)}
-    for g, p in enumerate(predictions):
-        suffix = "" if g == 0 else f"_{g}"
-        metrics |= {
-            f"masked_loss{suffix}": (p.masked_loss, p.masked_frames),
-            f"unmasked_loss{suffix}": (p.unmasked_loss, p.unmasked_frames),
-            f"masked_accuracy{suffix}": (p.masked_correct, p.masked_frames),
-            f"unmasked_accuracy{suffix}": (p.unmasked_correct, p.unmasked_frames),
-            f"predicted_perplexity{suffix}": (p.predicted_perplexity, 1.0),
-            f"label_perplexity{suffix}": (p.label_perplexity, 1.0),
-        }
-    first = predictions[0]
-    metrics["masked_share"] = (first.masked_frames, first.masked_frames + first.unmasked_frames)
-    return metrics
-
-
-def means(sums: train.Sums) -> dict[str, float]:
-    return {name: total / count if count else math.nan for name, (total, count) in sums.items()}
 
 
 def open_labels(
@@ -310,7 +229,9 @@ def check_range(store: arrays.Store) -> None:
             )
 
 
-def _made_from(config: ConfigDict, corpus: Corpus, stores: list[arrays.Store]) -> dict[str, Any]:
+def _made_from(
+    config: ConfigDict, corpus: Corpus, stores: list[arrays.Store], folder: epath.Path
+) -> dict[str, Any]:
     """What decides the weights: everything but mesh, logging and the rhythm of checkpoints."""
     batch = batches.BatchConfig(**config.batch)
     return {
@@ -321,17 +242,25 @@ def _made_from(config: ConfigDict, corpus: Corpus, stores: list[arrays.Store]) -
         "accumulate": config.train.accumulate,
         "corpus": corpus.card["fingerprint"],
         "labels": [store.card["codebook"] for store in stores],
-        **_started(config.train),
+        **_started(config.train, folder),
     }
 
 
-def _started(train_config: ConfigDict) -> dict[str, Any]:
-    """What training started from; nothing where the weights were random."""
-    if not train_config.start_from:
+def _started(train_config: ConfigDict, folder: epath.Path) -> dict[str, Any]:
+    """What training started from; nothing where the weights were random.
+
+    It is looked at once, when training begins: to go on, it need no longer be there.
+    """
+    path, head = train_config.start_from, train_config.start_head
+    if not path:
         return {}
-    card = checkpoints.read_card(train_config.start_from)
-    head = train_config.start_head
-    return {"start": {"made_from": card["made_from"], "step": card["step"], "head": head}}
+    own = folder / "card.json"
+    recorded = cards.read(own)["made_from"].get("start", {}) if own.exists() else {}
+    if recorded.get("path") == path:
+        return {"start": recorded | {"head": head}}
+    card = checkpoints.read_card(path)
+    facts = {"made_from": card["made_from"], "step": card["step"]}
+    return {"start": {**facts, "path": recorded.get("path", path), "head": head}}
 
 
 def _describe(

@@ -1,0 +1,82 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The loss of pretraining: masks are drawn, codes predicted behind them, the features kept small.
+
+B batch, S samples, T frames, G label sets (clusterings)
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from hubert_jax import train
+from hubert_jax.heads import Hubert
+from hubert_jax.ops import frames, losses, masking
+
+
+@dataclasses.dataclass(frozen=True)
+class LossConfig:
+    penalty: float  # on the extractor's output
+    # Weight of the frames that are not masked, moving linearly over the run; the reference: 0, 0.
+    unmasked_weight_start: float
+    unmasked_weight_end: float
+
+
+def loss(model: Hubert, batch, key, step, *, config: LossConfig, num_steps: int) -> train.Loss:
+    """Masked prediction of every label set plus the feature penalty, as sums.
+
+    batch: audio (B, S), labels (B, T, G), weights B. `key` draws masks, dropout and layer drop.
+    Source: fairseq's hubert_criterion, which divides by the frames that count at all and not by
+    their weights.
+    """
+    mask_key, dropout_key = jax.random.split(key)
+    start, end = config.unmasked_weight_start, config.unmasked_weight_end
+    unmasked_weight = start + (end - start) * step / num_steps
+    predictions, penalty = predict(model, batch, mask_key, dropout_key)
+    first = predictions[0]
+    weight = first.masked_frames + jnp.where(unmasked_weight > 0, first.unmasked_frames, 0.0)
+    total = (
+        sum(p.masked_loss for p in predictions)
+        + unmasked_weight * sum(p.unmasked_loss for p in predictions)
+        + config.penalty * penalty * weight
+    )
+    metrics = summary(predictions, penalty) | {
+        "audio_seconds": (batch["audio"].size / frames.SAMPLE_RATE, 1.0),
+        "unmasked_weight": (jnp.float32(unmasked_weight), 1.0),
+    }
+    return train.Loss(total, weight, metrics)
+
+
+def predict(
+    model: Hubert, batch, mask_key, dropout_key
+) -> tuple[list[losses.Prediction], jax.Array]:
+    """The sums of every label set, and the feature penalty."""
+    labels_BTG = batch["labels"]
+    encoder = model.encoder.config
+    mask_BT = masking.span_mask(
+        mask_key, *labels_BTG.shape[:2], prob=encoder.mask_prob, length=encoder.mask_length
+    )
+    logits, penalty = model(batch["audio"], mask_BT, key=dropout_key)
+    predictions = [
+        losses.prediction(logits_BTC, labels_BTG[..., g], mask_BT, batch["weights"])
+        for g, logits_BTC in enumerate(logits)
+    ]
+    return predictions, penalty
+
+
+def summary(predictions: list[losses.Prediction], penalty: jax.Array) -> dict[str, tuple]:
+    """(sum, count) of what is logged; label sets after the first have their number in the name."""
+    metrics: dict[str, tuple] = {"feature_penalty": (penalty, 1.0)}
+    for g, p in enumerate(predictions):
+        suffix = "" if g == 0 else f"_{g}"
+        metrics |= {
+            f"masked_loss{suffix}": (p.masked_loss, p.masked_frames),
+            f"unmasked_loss{suffix}": (p.unmasked_loss, p.unmasked_frames),
+            f"masked_accuracy{suffix}": (p.masked_correct, p.masked_frames),
+            f"unmasked_accuracy{suffix}": (p.unmasked_correct, p.unmasked_frames),
+            f"predicted_perplexity{suffix}": (p.predicted_perplexity, 1.0),
+            f"label_perplexity{suffix}": (p.label_perplexity, 1.0),
+        }
+    first = predictions[0]
+    metrics["masked_share"] = (first.masked_frames, first.masked_frames + first.unmasked_frames)
+    return metrics
