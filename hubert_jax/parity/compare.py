@@ -49,6 +49,9 @@ def compare(theirs: Record) -> list[Row]:
     def row(quantity: str, ours, wanted, tolerance: float) -> None:
         rows.append(difference(quantity, peer, theirs.kind, ours, wanted, tolerance))
 
+    def row_of_layers(quantity: str, ours, wanted, tolerance: float) -> None:
+        rows.append(_worst_layer(quantity, peer, theirs.kind, ours, wanted, tolerance))
+
     peer = f"{theirs.peer} {theirs.version}"
     ours = _Ours(theirs)
     wave_BS = jnp.asarray(theirs.arrays["wave_BS"])
@@ -58,8 +61,8 @@ def compare(theirs: Record) -> list[Row]:
     row("projection alone", ours.project(seen["convolutions"]), seen["projection"], PART)
     row("position alone", ours.embed(seen["convolutions"]), seen["layers"][0], PART)
     alone = [ours.layer(i, x_BTD) for i, x_BTD in enumerate(seen["layers"][:-1])]
-    row("each layer alone", alone, seen["layers"][1:], PART)
-    row("every layer", ours.layers(conv_BTC), seen["layers"], STACK)
+    row_of_layers("each layer alone", alone, seen["layers"][1:], PART)
+    row_of_layers("every layer", ours.layers(conv_BTC), seen["layers"], STACK)
     row("output", ours.output(conv_BTC), seen["output"], STACK)
 
     seen = theirs.below("padded")
@@ -69,7 +72,8 @@ def compare(theirs: Record) -> list[Row]:
     conv_BTC = ours.extract(wave_BS * real_BS, num_samples_B)
     row("convolutions, padded batch", conv_BTC, seen["convolutions"], STACK)
     layers = ours.layers(conv_BTC, valid_BT)
-    row("every layer, padded batch", layers[:, valid_BT], seen["layers"][:, valid_BT], STACK)
+    real = layers[:, valid_BT], seen["layers"][:, valid_BT]
+    row_of_layers("every layer, padded batch", *real, STACK)
     output_BTD = ours.output(conv_BTC, valid_BT)
     row("output, padded batch", output_BTD[valid_BT], seen["output"][valid_BT], STACK)
 
@@ -95,6 +99,15 @@ def difference(quantity: str, peer: str, model: str, ours, wanted, tolerance: fl
         raise AssertionError(f"{quantity}: {ours.shape} here, {wanted.shape} there")
     largest = float(np.abs(ours - wanted).max())
     return Row(quantity, peer, model, largest, largest / float(np.abs(wanted).max()), tolerance)
+
+
+def _worst_layer(quantity: str, peer: str, model: str, ours, wanted, tolerance: float) -> Row:
+    """The layer that is furthest off for its own size."""
+    rows = [
+        difference(quantity, peer, model, *pair, tolerance)
+        for pair in zip(ours, wanted, strict=True)
+    ]
+    return max(rows, key=lambda row: min(row.difference, row.relative))
 
 
 def _gradients(

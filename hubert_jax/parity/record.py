@@ -50,3 +50,10 @@ def load(path: os.PathLike) -> Record:
     with np.load(path) as stored:
         arrays = {name: stored[name] for name in stored.files}
     return Record(**json.loads(str(arrays.pop("card"))), arrays=arrays)
+
+
+def mask_statistics(masks_NT: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Masked frames of each row, and how many runs of masked frames have each length."""
+    edges_NT = np.diff(np.pad(masks_NT, ((0, 0), (1, 1))).astype(np.int8), axis=1)
+    lengths = np.nonzero(edges_NT == -1)[1] - np.nonzero(edges_NT == 1)[1]
+    return masks_NT.sum(axis=1), np.bincount(lengths)

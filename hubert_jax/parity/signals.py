@@ -17,6 +17,7 @@ import numpy as np
 from hubert_jax.ops import masking, mfcc
 from hubert_jax.parity import compare
 from hubert_jax.parity.compare import STACK, Row
+from hubert_jax.parity.record import mask_statistics
 
 GOLDENS = pathlib.Path(__file__).parent / "goldens"
 NUM_DRAWS, NUM_FRAMES = 10_000, (249, 781)  # 5 and 15.6 s
@@ -47,7 +48,7 @@ def mask_rows(num_frames: int) -> list[Row]:
         theirs = dict(stored)
     peer = f"fairseq {theirs.pop('version')}, stored"
     masks_NT = masking.span_mask(jax.random.key(0), NUM_DRAWS, num_frames, prob=0.8, length=10)
-    counts_N, runs = counts_and_runs(np.asarray(masks_NT))
+    counts_N, runs = mask_statistics(np.asarray(masks_NT))
     wanted_N, wanted_runs = (theirs[f"{what}_{num_frames}"] for what in ("counts", "runs"))
     model = f"{num_frames} frames"
     share, wanted = counts_N.mean() / num_frames, wanted_N.mean() / num_frames
@@ -72,13 +73,6 @@ def mask_rows(num_frames: int) -> list[Row]:
         distance = _largest_gap(ours, others)
         rows.append(Row(quantity, peer, model, distance, distance, KOLMOGOROV_SMIRNOV))
     return rows
-
-
-def counts_and_runs(masks_NT: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Masked frames of each row, and how many runs of masked frames have each length."""
-    edges_NT = np.diff(np.pad(masks_NT, ((0, 0), (1, 1))).astype(np.int8), axis=1)
-    lengths = np.nonzero(edges_NT == -1)[1] - np.nonzero(edges_NT == 1)[1]
-    return masks_NT.sum(axis=1), np.bincount(lengths)
 
 
 def _largest_gap(ours: np.ndarray, others: np.ndarray) -> float:

@@ -58,6 +58,8 @@ def mask_statistics() -> dict[str, np.ndarray]:
     import torch
     from fairseq.data.data_utils import compute_mask_indices
 
+    from hubert_jax.parity import record
+
     found = {}
     for num_frames in (249, 781):
         np.random.seed(0)
@@ -69,11 +71,8 @@ def mask_statistics() -> dict[str, np.ndarray]:
             )
             for _ in range(NUM_DRAWS)
         ]  # fmt: skip
-        masks_NT = np.concatenate(draws)
-        edges_NT = np.diff(np.pad(masks_NT, ((0, 0), (1, 1))).astype(np.int8), axis=1)
-        lengths = np.nonzero(edges_NT == -1)[1] - np.nonzero(edges_NT == 1)[1]
-        found |= {f"counts_{num_frames}": masks_NT.sum(axis=1).astype(np.int16)}
-        found |= {f"runs_{num_frames}": np.bincount(lengths)}
+        counts_N, runs = record.mask_statistics(np.concatenate(draws))
+        found |= {f"counts_{num_frames}": counts_N.astype(np.int16), f"runs_{num_frames}": runs}
     return found
 
 
