@@ -48,11 +48,12 @@ def read(path: epath.PathLike) -> Card:
         raise ValueError(f"{path}: not a card ({error}); remove {path.parent}") from error
 
 
-def is_made(path: epath.PathLike, wanted: Card) -> bool:
+def is_made(path: epath.PathLike, wanted: Card, *, option: str = "--workdir") -> bool:
     """Whether the artefact of the card at `path` exists and was made from `wanted`.
 
     No card: False, the work is to be done. A card made from something else: ValueError naming the
-    first field that differs, because overwriting would lose what somebody made.
+    first field that differs, because overwriting would lose what somebody made. `option` is the
+    one that says where the artefact goes.
     """
     path = epath.Path(path)
     if not path.exists():
@@ -63,7 +64,7 @@ def is_made(path: epath.PathLike, wanted: Card) -> bool:
     field, found, expected = difference
     raise ValueError(
         f"{path}: made_from.{field} is {found!r}, this run has {expected!r}; "
-        f"remove {_artefact(path)} or choose another --workdir"
+        f"remove {_artefact(path)} or choose another {option}"
     )
 
 
@@ -72,7 +73,9 @@ def is_imported(path: epath.PathLike) -> bool:
     return epath.Path(path).exists() and "imported" in read(path).get("made_from", {})
 
 
-def require(path: epath.PathLike, card: Card, **expected: Any) -> None:
+def require(
+    path: epath.PathLike, card: Card, *, option: str = "--workdir", **expected: Any
+) -> None:
     """Refuses an input whose card does not say what this stage expects.
 
     Fields are keywords; one inside another is written with two underscores: `made_from__rate=50`.
@@ -89,7 +92,7 @@ def require(path: epath.PathLike, card: Card, **expected: Any) -> None:
         field = f"{field}.{inner}" if inner else field
         raise ValueError(
             f"{path}: {field} is {found!r}, expected {want!r}; remove {_artefact(path)} "
-            f"and run its stage again, or choose another --workdir"
+            f"and run its stage again, or choose another {option}"
         )
 
 

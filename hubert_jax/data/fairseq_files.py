@@ -25,6 +25,8 @@ from hubert_jax.data.utterance import cut_from, id_of
 from hubert_jax.ops import frames
 
 DICTIONARY = "dict.km.txt"
+# What our splits are called; the first is fairseq's own.
+NAMES = {"train": ("train",), "validation": ("valid", "validation"), "test": ("test",)}
 
 
 # Manifests.

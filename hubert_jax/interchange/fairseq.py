@@ -71,8 +71,11 @@ def read(path: epath.PathLike, *, num_heads: int | None = None) -> Weights:
     if not isinstance(contents, Mapping) or "model" not in contents:
         raise ValueError(f"{path}: no fairseq checkpoint: it has no 'model'")
     state = tensors.state_dict(contents["model"], origin=str(path))
-    settings = tensors.plain(contents.get("cfg") or contents.get("args") or {})
-    dictionaries = _dictionaries(tensors.plain(contents.get("task_state") or {}))
+    try:
+        settings = tensors.plain(contents.get("cfg") or contents.get("args") or {})
+        dictionaries = _dictionaries(tensors.plain(contents.get("task_state") or {}))
+    except RecursionError as error:
+        raise ValueError(f"{path}: cfg, args or task_state hold an object within itself") from error
     is_fine_tuned = any(name.startswith(FINE_TUNED) for name in state)
     is_layer_norm = any(
         name.endswith("feature_extractor.conv_layers.1.2.1.weight") for name in state
@@ -110,7 +113,7 @@ def _read(
     if ctc is None:
         symbols = dictionaries or _written_dictionaries(task, len(state[codes]), path)
         state[codes], num_codes = _clusters(state[codes], symbols, path)
-        untied = bool(model["untie_final_proj"]) and len(num_codes) > 1
+        untied = bool(model.get("untie_final_proj", False)) and len(num_codes) > 1
         code_width = len(state[table["head"] + ".weight"]) // (len(num_codes) if untied else 1)
         head = HeadConfig(code_width, float(model.get("logit_temp", 0.1)), untied, "uniform")
     weights = Weights(config, head, num_codes, ctc, {})
@@ -267,7 +270,7 @@ def _dictionaries(task_state: Any) -> list[list[str]]:
 
 def _written_dictionaries(task: dict[str, Any], num_rows: int, path: epath.Path) -> list[list[str]]:
     """From the files beside the checkpoint; a single label set's can be told from the rows."""
-    labels = _label_list(task.get("labels"))
+    labels = _label_list(task.get("labels"), path)
     files = [path.parent / f"dict.{label}.txt" for label in labels]
     if files and all(file.exists() for file in files):
         return [[*SPECIALS, *_read_dictionary(file)] for file in files]
@@ -283,7 +286,7 @@ def _symbols(
     dictionaries: list[list[str]], num_symbols: int, task: dict[str, Any], path: epath.Path
 ) -> list[str]:
     """Of CTC; by number where neither the checkpoint nor a file beside it says them."""
-    files = [path.parent / f"dict.{label}.txt" for label in _label_list(task.get("labels"))]
+    files = [path.parent / f"dict.{label}.txt" for label in _label_list(task.get("labels"), path)]
     if dictionaries:
         found = dictionaries[0]
     elif files and files[0].exists():
@@ -335,9 +338,15 @@ def _label_names(num_codes: Sequence[int]) -> list[str]:
     return ["km"] if len(num_codes) == 1 else [f"km{i}" for i in range(len(num_codes))]
 
 
-def _label_list(labels: Any) -> list[str]:
+def _label_list(labels: Any, path: epath.Path) -> list[str]:
     """task.labels; older files hold the list as a string, "['km']"."""
-    return ast.literal_eval(labels) if isinstance(labels, str) else list(labels or [])
+    try:
+        found = ast.literal_eval(labels) if isinstance(labels, str) else labels or []
+    except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):  # its own list
+        found = None
+    if not isinstance(found, list | tuple) or not all(isinstance(label, str) for label in found):
+        raise ValueError(f"{path}: task.labels is {labels!r}; a list such as ['km'] is wanted")
+    return list(found)
 
 
 def _read_dictionary(path: epath.Path) -> list[str]:

@@ -8,6 +8,16 @@ from hubert_jax.heads import Weights
 from hubert_jax.interchange import fairseq, tensors, torchaudio, transformers
 
 NAMES = ("safetensors", "hf", "fairseq", "torchaudio")
+# What `write` writes in each format, as patterns.
+FILES = {
+    "safetensors": ("model.safetensors",),
+    "hf": (
+        "config.json", "model.safetensors", transformers.HEAD_FILE, "preprocessor_config.json",
+        "vocab.json", "tokenizer_config.json",
+    ),
+    "fairseq": ("model.pt", "dict.*.txt"),
+    "torchaudio": ("model.safetensors", "model.pt", torchaudio.ARGUMENTS),
+}  # fmt: skip
 SUFFIXES = (tensors.SAFETENSORS, ".pt")
 
 

@@ -22,6 +22,7 @@ from hubert_jax.data import cards
 
 SAFETENSORS = ".safetensors"
 TORCH = (".pt", ".pth", ".bin", ".ckpt")
+INDEX = ".index.json"
 
 
 def read(path: epath.PathLike) -> dict[str, np.ndarray]:
@@ -32,7 +33,7 @@ def read(path: epath.PathLike) -> dict[str, np.ndarray]:
     path = epath.Path(path)
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such file")
-    if path.name.endswith(".index.json"):
+    if path.name.endswith(INDEX):
         return _read_shards(path)
     if path.suffix == SAFETENSORS:
         try:
@@ -65,6 +66,8 @@ def _read_shards(index: epath.Path) -> dict[str, np.ndarray]:
     for name in files:
         if not isinstance(name, str) or name != pathlib.PurePosixPath(name).name:
             raise ValueError(f"{index}: shard {name!r} is not a file beside it")
+        if name.endswith(INDEX):
+            raise ValueError(f"{index}: shard {name!r} is an index, not a file of tensors")
     state: dict[str, np.ndarray] = {}
     for name in files:
         state |= read(index.parent / name)
@@ -106,7 +109,7 @@ def load_pt(path: epath.PathLike) -> Any:
         foreign = torch.serialization.get_unsafe_globals_in_checkpoint(os.fspath(path))
         classes = [(type(name.rpartition(".")[2], (StandIn,), {}), name) for name in foreign]
         with torch.serialization.safe_globals(classes):
-            return torch.load(os.fspath(path), map_location="cpu", weights_only=True)
+            return torch.load(os.fspath(path), map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # whatever a damaged file provokes
         reason = (str(error).splitlines() or [repr(error)])[0]
         raise ValueError(f"{path}: not read: {reason}") from error
@@ -164,4 +167,9 @@ def _torch(path: epath.PathLike) -> Any:
             f"{path}: .pt files are read and written with torch, which is not installed: pip"
             " install torch (its CPU build is enough), or use safetensors"
         ) from error
+    if not hasattr(torch.serialization, "get_unsafe_globals_in_checkpoint"):
+        raise ImportError(
+            f"{path}: .pt files are read and written with torch 2.6 or newer, {torch.__version__}"
+            " is installed: pip install --upgrade torch, or use safetensors"
+        )
     return torch

@@ -7,7 +7,8 @@
 
 A state dict from elsewhere comes without the second file. Shapes then tell the architecture but for
 the number of heads, which is known for the published widths; the dropouts are those of torchaudio's
-own hubert_pretrain_base and _large (shapes.py). torchaudio itself is not needed.
+own hubert_pretrain_base and _large (shapes.py). Where a bundle (HUBERT_LARGE, HUBERT_ASR_LARGE)
+wraps the model to normalise waveforms, its names begin with "model.". torchaudio is not needed.
 
 Source: torchaudio 2.11, models/wav2vec2.
 """
@@ -24,6 +25,7 @@ from hubert_jax.ops import frames
 
 ARGUMENTS = "torchaudio.json"
 TEMPERATURE = 0.1  # torchaudio's, fixed
+WRAPPED = "model."
 OUTSIDE = ("encoder.mask_embedding_D", "head", "head.codes_CE")  # of its wav2vec2
 
 # Our fields and torchaudio's arguments.
@@ -77,6 +79,8 @@ def read(path: epath.PathLike, *, num_heads: int | None = None) -> Weights:
             raise FileNotFoundError(f"{path}: has neither model.safetensors nor model.pt")
         path = found[0]
     state = tensors.read(path)
+    if all(name.startswith(WRAPPED) for name in state):
+        state = {name.removeprefix(WRAPPED): tensor for name, tensor in state.items()}
     is_pretraining = any(name.startswith("wav2vec2.") for name in state)
     table = names.within(names.TORCHAUDIO, "wav2vec2." if is_pretraining else "", but=OUTSIDE)
     try:

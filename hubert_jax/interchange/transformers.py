@@ -27,9 +27,9 @@ from hubert_jax.model import HubertConfig
 from hubert_jax.ops import frames
 
 HEAD_FILE = "pretraining_head.safetensors"
-WEIGHT_FILES = (
-    "model.safetensors.index.json", "model.safetensors",
-    "pytorch_model.bin.index.json", "pytorch_model.bin",
+WEIGHT_FILES = (  # in the order that transformers looks for them
+    "model.safetensors", "model.safetensors.index.json",
+    "pytorch_model.bin", "pytorch_model.bin.index.json",
 )  # fmt: skip
 PROCESSORS = ("processor", "preprocessor")  # in the order that transformers looks for them
 
@@ -213,7 +213,13 @@ def _ctc(folder: epath.Path, *, num_symbols: int, blank: int) -> CtcConfig:
     if not path.exists():
         logs.info(f"{folder}: no vocab.json; the {num_symbols} symbols are called by their numbers")
         return CtcConfig(tuple(f"#{i}" for i in range(num_symbols)), blank)
-    by_number = {number: symbol for symbol, number in _read_json(path).items()}
+    numbers = _read_json(path)
+    for symbol, number in numbers.items():
+        if type(number) is not int:
+            raise ValueError(
+                f"{path}: {symbol!r} is {number!r}; symbols and their whole numbers are wanted"
+            )
+    by_number = {number: symbol for symbol, number in numbers.items()}
     return CtcConfig(tuple(by_number.get(i, f"#{i}") for i in range(num_symbols)), blank)
 
 

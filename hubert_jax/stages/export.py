@@ -30,13 +30,15 @@ from hubert_jax.data.utterance import cut_from
 from hubert_jax.interchange import formats
 from hubert_jax.ops import frames
 
-FAIRSEQ_NAMES = {"train": "train", "validation": "valid", "test": "test"}
-
 
 def main(argv: Sequence[str]) -> None:
-    args = parser().parse_args(argv)
+    top = parser()
+    args = top.parse_args(argv)
     if args.what == "weights":
-        export_weights(args.checkpoint, args.out, format_=args.format, suffix=args.suffix)
+        if args.suffix and args.format != "torchaudio":
+            top.error(f"--suffix is for --format=torchaudio, this is {args.format}: leave it out")
+        suffix = args.suffix or formats.SUFFIXES[0]
+        export_weights(args.checkpoint, args.out, format_=args.format, suffix=suffix)
     elif args.what == "labels":
         export_labels(args.labels, args.corpus, args.out, audio=args.audio)
     elif args.what == "codebook":
@@ -90,8 +92,7 @@ def parser() -> argparse.ArgumentParser:
             sub.add_argument(
                 "--suffix",
                 choices=formats.SUFFIXES,
-                default=formats.SUFFIXES[0],
-                help="of torchaudio's state dict (default %(default)s)",
+                help=f"of torchaudio's state dict (default {formats.SUFFIXES[0]})",
             )
         elif kind == "labels":
             add("--labels", metavar="WORK/it1/labels", help="what hubert label or import made")
@@ -140,11 +141,14 @@ def export_labels(
         )  # fmt: skip
         manifests[name] = _manifest(store, corpus, name, audio or _source_of(corpus, name))
         made_from["labels"][name] = {"shards": store.card["shards"], "root": manifests[name].root}
-    if cards.is_made(out / "card.json", made_from):
-        logs.info(f"{out}: done before")
+    fields = {name: first[name] for name in ("num_codes", "rate")}
+    card = cards.new("fairseq labels", made_from=made_from, **fields)
+    paths = {name: out / f"{fairseq_files.NAMES[name][0]}.km" for name in stores}
+    files = [path.with_suffix(end).name for path in paths.values() for end in (".tsv", ".km")]
+    if not _begin(out, card, [fairseq_files.DICTIONARY, *files]):
         return
     for name, store in stores.items():
-        path = out / f"{FAIRSEQ_NAMES[name]}.km"
+        path = paths[name]
         fairseq_files.write_manifest(path.with_suffix(".tsv"), manifests[name])
         fairseq_files.write_labels(path, (store[id_] for id_ in store.ids))
         logs.info(f"{path}: {store.num_rows} labels of {len(store)} utterances")
@@ -154,8 +158,7 @@ def export_labels(
             logs.info(
                 f"{count} files are at {rate} Hz; fairseq wants them at 16000 Hz: convert them"
             )
-    fields = {name: first[name] for name in ("num_codes", "rate")}
-    cards.write(out / "card.json", cards.new("fairseq labels", made_from=made_from, **fields))
+    cards.write(out / "card.json", card | {"is_finished": True})
 
 
 def _source_of(corpus: Corpus, name: str) -> str:
@@ -235,13 +238,32 @@ def export_weights(checkpoint: epath.Path, out: epath.Path, *, format_: str, suf
     made_from = {"weights": weights.digest(model.arrays), "format": format_}
     if format_ == "torchaudio":
         made_from["suffix"] = suffix
-    if cards.is_made(out / "card.json", made_from):
-        cards.require(out / "card.json", cards.read(out / "card.json"), **model.facts())
-        logs.info(f"{out}: done before")
+    card = cards.new("weights", made_from=made_from, step=card["step"], **model.facts())
+    if not _begin(out, card, formats.FILES[format_]):
         return
     formats.write(model, out, format_=format_, suffix=suffix)
-    cards.write(
-        out / "card.json",
-        cards.new("weights", made_from=made_from, step=card["step"], **model.facts()),
-    )
+    cards.write(out / "card.json", card | {"is_finished": True})
     logs.info(f"{out}: {formats.summary(model)}")
+
+
+def _begin(out: epath.Path, card: cards.Card, patterns: Sequence[str]) -> bool:
+    """Whether there is something to write into OUT, which is marked as unfinished from here on.
+
+    Raises ValueError where OUT holds an export of something else, or somebody's files.
+    """
+    path = out / "card.json"
+    if cards.is_made(path, card["made_from"], option="--out"):
+        made = cards.read(path)
+        facts = {name: x for name, x in card.items() if name not in ("versions", "step")}
+        cards.require(path, made, option="--out", **facts)
+        if made["is_finished"]:
+            logs.info(f"{out}: done before")
+        return not made["is_finished"]
+    found = sorted(path for pattern in patterns for path in out.glob(pattern))
+    if found:
+        raise ValueError(
+            f"{found[0]} is there already, and no card.json that says what made it: choose another"
+            " --out, or remove it"
+        )
+    cards.write(path, card | {"is_finished": False})
+    return True

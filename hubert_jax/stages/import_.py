@@ -29,9 +29,7 @@ from hubert_jax.data.corpus import Corpus, Split
 from hubert_jax.interchange import formats
 from hubert_jax.ops import frames
 
-# fairseq's names of our splits, and those that are not asked for.
-NAMES = {"train": ("train",), "validation": ("valid", "validation"), "test": ("test",)}
-OPTIONAL = ("test",)
+OPTIONAL = ("test",)  # splits that are not asked for
 RATES = (frames.FRAME_RATE, frames.SAMPLE_RATE // frames.MFCC_HOP)
 NUM_COMPARED = 8  # utterances of a split, labelled here too where there is a codebook
 # Of their labels must be the same: rounding moves a few of a hundred, another codebook nearly all.
@@ -45,6 +43,8 @@ def main(argv: Sequence[str]) -> None:
     top = parser()
     if argv[:1] == ["weights"]:
         args = top.parse_args(argv)
+        if args.num_heads is not None and args.format in ("hf", "safetensors"):
+            top.error(f"--num_heads is said by the files of --from={args.format}: leave it out")
         import_weights(args.path, args.out, format_=args.format, num_heads=args.num_heads)
         return
     overrides, words = config_files.split_overrides(argv)
@@ -73,7 +73,9 @@ def parser() -> argparse.ArgumentParser:
     model.add_argument("--path", type=epath.Path, required=True, help="a file, or its folder")
     model.add_argument("--out", type=epath.Path, required=True, help="a folder of checkpoints")
     model.add_argument(
-        "--num_heads", type=int, help="of attention, where the files do not say (torchaudio)"
+        "--num_heads",
+        type=int,
+        help="of attention, where the files do not say (torchaudio, fairseq)",
     )
     for sub, what in ((codebook, ".npy or .npz of centres"), (labels_, "folder of .tsv and .km")):
         sub.add_argument("--path", type=epath.Path, required=True, help=what)
@@ -99,8 +101,9 @@ def import_weights(
     """
     model = formats.read(path, format_=format_, num_heads=num_heads)
     made_from = {"imported": {"format": format_, "weights": weights.digest(model.arrays)}}
-    if cards.is_made(out / "card.json", made_from):
-        cards.require(out / "card.json", cards.read(out / "card.json"), **model.facts())
+    if cards.is_made(out / "card.json", made_from, option="--out"):
+        card = cards.read(out / "card.json")
+        cards.require(out / "card.json", card, option="--out", **model.facts())
         logs.info(f"{out}: imported before")
         return
     card = cards.new("checkpoint", made_from=made_from, **model.facts())
@@ -190,15 +193,22 @@ def import_labels(
     if comparison is not None:
         for part in read:
             comparison.check(part)
-    for part in read:  # all or none
-        folder = workdir / config.iteration / "labels" / part.split.name
-        _write_split(part, folder, facts, config.labels.num_shards)
+    folders = [workdir / config.iteration / "labels" / part.split.name for part in read]
+    is_made = [  # all or none: what differs is refused before anything is written
+        cards.is_made(folder / "card.json", _made_from(part, facts))
+        for part, folder in zip(read, folders, strict=True)
+    ]
+    for part, folder, is_there in zip(read, folders, is_made, strict=True):
+        if is_there:
+            logs.info(f"{folder}: imported before")
+        else:
+            _write_split(part, folder, facts, config.labels.num_shards)
         logs.info(labels.summary(part.split.name, cards.read(folder / "card.json")))
 
 
 def find(path: epath.Path, name: str) -> epath.Path | None:
     """The manifest of a split; None where a split that may be missing is."""
-    candidates = [path / f"{theirs}.tsv" for theirs in NAMES[name]]
+    candidates = [path / f"{theirs}.tsv" for theirs in fairseq_files.NAMES[name]]
     found = [manifest for manifest in candidates if manifest.exists()]
     wanted = " or ".join(manifest.name for manifest in candidates)
     if len(found) > 1:
@@ -245,12 +255,12 @@ def _read_split(manifest: epath.Path, split: Split, facts: cards.Card) -> Part:
     return Part(split, imported, lines, stretches)
 
 
+def _made_from(part: Part, facts: cards.Card) -> cards.Card:
+    return {"imported": part.imported, "split": part.split.name, **facts}
+
+
 def _write_split(part: Part, folder: epath.Path, facts: cards.Card, num_shards: int) -> None:
-    split, imported, lines, stretches = part
-    made_from = {"imported": imported, "split": split.name, **facts}
-    if cards.is_made(folder / "card.json", made_from):
-        logs.info(f"{folder}: imported before")
-        return
+    split, _, lines, stretches = part
     with logs.Progress(f"labels {split.name}", len(stretches), "utterances") as progress:
 
         def produce(positions: np.ndarray) -> arrays.Rows:
@@ -266,7 +276,7 @@ def _write_split(part: Part, folder: epath.Path, facts: cards.Card, num_shards: 
             dtype="int16",
             num_shards=num_shards,
             produce=produce,
-            card=cards.new("labels", made_from=made_from, **facts),
+            card=cards.new("labels", made_from=_made_from(part, facts), **facts),
             results=functools.partial(
                 labels.results,
                 split=split,

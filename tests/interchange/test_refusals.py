@@ -5,6 +5,7 @@ import dataclasses
 import json
 import re
 import sys
+import types
 
 import numpy as np
 import pytest
@@ -136,11 +137,15 @@ def test_files_that_are_not_whole(name, copy):
 
 def test_shards_lie_beside_their_index(copy, exported):
     theirs = copy("hf")
+    (theirs.folder / "model.safetensors").unlink()
     index = theirs.folder / "model.safetensors.index.json"
     outside = str(exported / "hf" / "model.safetensors")
     for file in (outside, "../hf/model.safetensors", "sub/model.safetensors", 1):
         index.write_text(json.dumps({"weight_map": {"masked_spec_embed": file}}))
         theirs.refused(re.escape(f"shard {file!r} is not a file beside it"))
+    for file in (index.name, "pytorch_model.bin.index.json"):
+        index.write_text(json.dumps({"weight_map": {"masked_spec_embed": file}}))
+        theirs.refused(re.escape(f"shard {file!r} is an index, not a file of tensors"))
     for contents in ("{", "[]", "{}", '{"weight_map": ["x"]}'):
         index.write_text(contents)
         theirs.refused(r"index\.json: not an index of shards")
@@ -194,7 +199,7 @@ def test_a_folder_that_is_none_of_save_pretrained(copy, tmp_path):
         theirs.refused(message)
     theirs = copy("hf")
     (theirs.folder / "model.safetensors").unlink()
-    theirs.refused(r"has none of model\.safetensors\.index\.json, model", FileNotFoundError)
+    theirs.refused(r"has none of model\.safetensors, model\.saf", FileNotFoundError)
 
 
 def test_the_blank_is_one_of_the_symbols(copy):
@@ -211,6 +216,17 @@ def test_symbols_without_a_vocabulary_are_numbers(copy, capsys):
     (theirs.folder / "vocab.json").unlink()
     assert formats.read(theirs.folder, format_="hf").ctc.symbols == tuple(f"#{i}" for i in range(7))
     assert "no vocab.json; the 7 symbols are called by their numbers" in capsys.readouterr().out
+
+
+def test_vocabularies_that_number_no_symbols(copy):
+    theirs = copy("ctc", format_="hf")
+    for symbols, wrong in (
+        ({"eng": {"E": 5}}, "'eng' is {'E': 5}"),
+        ({"E": "5"}, "'E' is '5'"),
+        ({"E": 5, "T": None}, "'T' is None"),
+    ):
+        (theirs.folder / "vocab.json").write_text(json.dumps(symbols))
+        theirs.refused(rf"vocab\.json: {re.escape(wrong)}; symbols and their whole numbers")
 
 
 def test_arguments_and_tensors_of_torchaudio_that_differ(copy):
@@ -325,6 +341,14 @@ def test_without_torch_pt_files_say_what_is_missing(no_torch, tmp_path):
     (tmp_path / "pytorch_model.bin").write_bytes(b"whatever")
     with pytest.raises(ImportError, match=r"pytorch_model\.bin: \.pt files are read and written"):
         formats.read(tmp_path, format_="hf")
+
+
+def test_a_torch_that_is_too_old_is_named(monkeypatch, tmp_path):
+    old = types.SimpleNamespace(__version__="2.5.1", serialization=types.SimpleNamespace())
+    monkeypatch.setitem(sys.modules, "torch", old)
+    (tmp_path / "model.pt").write_bytes(b"whatever")
+    with pytest.raises(ImportError, match=r"model\.pt: .* torch 2\.6 or newer, 2\.5\.1 is inst"):
+        formats.read(tmp_path, format_="fairseq")
 
 
 def test_all_else_needs_no_torch(no_torch, exported):

@@ -139,6 +139,34 @@ def test_shards_are_put_together(num_shards, tmp_path):
     made.assert_same(model, read(tmp_path, "hf"))
 
 
+def test_a_file_goes_before_an_index(tmp_path):
+    """As in transformers, where a folder has both."""
+    model = made.model("base", "one set")
+    formats.write(model, tmp_path, format_="hf")
+    formats.write(made.model("base", "one set", seed=1), tmp_path / "other", format_="hf")
+    (tmp_path / "other" / "model.safetensors").rename(tmp_path / "part.safetensors")
+    index = {"weight_map": {"masked_spec_embed": "part.safetensors"}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    made.assert_same(model, read(tmp_path, "hf"))
+    (tmp_path / "model.safetensors").unlink()
+    name = "encoder.mask_embedding_D"
+    assert (read(tmp_path, "hf").arrays[name] != model.arrays[name]).all()
+
+
+@pytest.mark.parametrize("outputs", ["bare", "ctc"])
+def test_bundles_of_torchaudio_wrap_the_model(outputs, tmp_path):
+    formats.write(made.model("large", outputs), tmp_path, format_="torchaudio")
+    plain = read(tmp_path, "torchaudio")
+    path = tmp_path / "model.safetensors"
+    state = safetensors.numpy.load_file(path)
+    wrapped = {f"model.{name}": x for name, x in state.items()}
+    safetensors.numpy.save_file(wrapped, path)
+    made.assert_same(plain, read(tmp_path, "torchaudio"))
+    safetensors.numpy.save_file(wrapped | {"other.bias": np.zeros(1, np.float32)}, path)
+    with pytest.raises(ValueError, match="no HuBERT of torchaudio"):
+        read(tmp_path, "torchaudio")
+
+
 def test_normalize_audio_is_that_of_the_preprocessor(tmp_path, capsys):
     for normalize_audio in (False, True):
         model = made.model("base", normalize_audio=normalize_audio)

@@ -9,6 +9,7 @@ import argparse
 import dataclasses
 import enum
 import os
+import re
 import sys
 import types
 
@@ -168,6 +169,36 @@ def test_dictionaries_beside_the_file_and_none_at_all(save, tmp_path):
     with pytest.raises(
         ValueError, match=r"2 label sets share 25 codes; put dict\.km\.txt, dict\.phn"
     ):
+        formats.read(path, format_="fairseq")
+
+
+def test_labels_that_are_no_list(save, tmp_path):
+    path = tmp_path / "checkpoint.pt"
+    contents = checkpoint_of_fairseq(made.model("base", "one set"), [list(range(12))])
+    del contents["task_state"]
+    for labels in ("[km", "km", "7", [7]):
+        contents["cfg"]["task"]["labels"] = labels
+        save(contents, path)
+        message = re.escape(f"{path}: task.labels is {labels!r}; a list such as ['km'] is wanted")
+        with pytest.raises(ValueError, match=message):
+            formats.read(path, format_="fairseq")
+
+
+def test_projections_are_tied_where_nothing_is_said(save, tmp_path):
+    path, model = tmp_path / "checkpoint.pt", made.model("base", "two sets")
+    contents = checkpoint_of_fairseq(model, [list(range(12)), list(range(5))])
+    del contents["cfg"]["model"]["untie_final_proj"]
+    save(contents, path)
+    made.assert_same(as_read(model), formats.read(path, format_="fairseq"))
+
+
+@pytest.mark.parametrize("place", ["cfg", "task_state"])
+def test_an_object_within_itself(place, save, tmp_path):
+    path = tmp_path / "checkpoint.pt"
+    contents = checkpoint_of_fairseq(made.model("base", "one set"), [list(range(12))])
+    contents[place]["again"] = contents[place]
+    save(contents, path)
+    with pytest.raises(ValueError, match=r"checkpoint\.pt: .* hold an object within itself"):
         formats.read(path, format_="fairseq")
 
 

@@ -266,6 +266,36 @@ def test_labels_that_do_not_fit_are_refused(project, workdir, exported):
     refused(r"valid\.tsv or validation\.tsv\? Both are there")
 
 
+def test_labels_come_for_all_splits_or_none(project, workdir, exported):
+    """What one split refuses keeps the others from being written."""
+    import_into(workdir, project, "labels", exported)
+    (workdir / "it1" / "labels" / "train").rmtree()
+    labels = exported / "valid.km"
+    other = "".join(str(7 - int(c)) if c.isdigit() else c for c in labels.read_text())
+    labels.write_text(other)
+    with pytest.raises(ValueError, match=r"validation/card\.json: made_from\.\w+.*--workdir"):
+        import_into(workdir, project, "labels", exported)
+    assert not (workdir / "it1" / "labels" / "train").exists()
+
+
+def test_exported_labels_overwrite_nothing(project, tmp_path, exported):
+    (tmp_path / "theirs").mkdir()
+    for name in ("train.km", "valid.tsv", "dict.km.txt"):
+        path = tmp_path / "theirs" / name
+        path.write_text("theirs")
+        with pytest.raises(
+            ValueError, match=rf"theirs/{name} is there already, .* another --out, or remove it"
+        ):
+            export_labels(project / "work", tmp_path / "theirs")
+        assert [p.read_text() for p in (tmp_path / "theirs").iterdir()] == ["theirs"]
+        path.unlink()
+    export_labels(project / "work", exported)  # ours, and there already
+    card = cards.read(exported / "card.json")
+    cards.write(exported / "card.json", card | {"made_from": card["made_from"] | {"codebook": "x"}})
+    with pytest.raises(ValueError, match=r"made_from\.codebook is 'x'.* choose another --out$"):
+        export_labels(project / "work", exported)
+
+
 def test_labels_without_a_dictionary_have_the_configs_codes(project, workdir, exported):
     (exported / "dict.km.txt").unlink()
     for suffix in (".tsv", ".km"):
@@ -350,7 +380,7 @@ def test_cluster_leaves_an_imported_codebook_alone(project, workdir, centers, ca
 
 def test_a_split_that_no_labels_came_for(project, workdir, centers, exported, capsys, monkeypatch):
     """Labelled with the codebook where there is one; else it goes without."""
-    monkeypatch.setitem(import_.NAMES, "validation", ("nothing",))
+    monkeypatch.setitem(fairseq_files.NAMES, "validation", ("nothing",))
     monkeypatch.setattr(import_, "OPTIONAL", ("validation",))
     import_into(workdir, project, "labels", exported)
     assert "no nothing.tsv, so no labels for the split 'validation'" in capsys.readouterr().out

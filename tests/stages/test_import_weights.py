@@ -8,6 +8,7 @@ import pytest
 
 import hubert_jax
 from hubert_jax import checkpoints, cli
+from hubert_jax.data import cards
 from hubert_jax.interchange import formats
 from hubert_jax.stages import export, import_
 from tests import tiny
@@ -62,10 +63,10 @@ def test_what_was_imported_before_stays(tmp_path, capsys):
 
     path = tmp_path / "theirs" / "preprocessor_config.json"
     path.write_text(json.dumps({"do_normalize": True}))  # the same tensors, another model
-    with pytest.raises(ValueError, match=r"model\.normalize_audio is False, expected True"):
+    with pytest.raises(ValueError, match=r"model\.normalize_audio is False.* another --out$"):
         import_weights("hf", tmp_path / "theirs", tmp_path / "out")
     formats.write(made.model("base", "one set", seed=1), tmp_path / "others", format_="hf")
-    with pytest.raises(ValueError, match=r"made_from\.imported\.weights is 'sha256:.*remove .*out"):
+    with pytest.raises(ValueError, match=r"made_from\.imported\.weights .*choose another --out$"):
         import_weights("hf", tmp_path / "others", tmp_path / "out")
     assert {p: p.stat().st_mtime_ns for p in (tmp_path / "out").rglob("*")} == before
 
@@ -81,8 +82,35 @@ def test_what_was_exported_before_stays(tmp_path, capsys):
         ValueError, match=r"made_from\.suffix is '\.safetensors', this run has '\.pt'"
     ):
         export_weights("torchaudio", tmp_path / "in", tmp_path / "out", "--suffix=.pt")
-    with pytest.raises(ValueError, match=r"made_from\.format is 'torchaudio', this run has 'hf'"):
+    with pytest.raises(ValueError, match=r"is 'torchaudio', this run has 'hf'.* another --out$"):
         export_weights("hf", tmp_path / "in", tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("format_", "name"),
+    [("hf", "config.json"), ("hf", "model.safetensors"), ("torchaudio", "torchaudio.json"),
+     ("safetensors", "model.safetensors"), ("fairseq", "dict.km.txt")],
+)  # fmt: skip
+def test_exports_overwrite_nothing(format_, name, tmp_path):
+    formats.write(made.model("base", "one set"), tmp_path / "theirs", format_="hf")
+    import_weights("hf", tmp_path / "theirs", tmp_path / "in")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / name).write_text("theirs")
+    with pytest.raises(
+        ValueError, match=rf"out/{name} is there already, .* choose another --out, or remove it"
+    ):
+        export_weights(format_, tmp_path / "in", tmp_path / "out")
+    assert [p.read_text() for p in (tmp_path / "out").iterdir()] == ["theirs"]
+
+
+@pytest.mark.parametrize("outputs", ["one set", "ctc"])
+@pytest.mark.parametrize("format_", formats.NAMES)
+def test_the_files_of_a_format_are_known(format_, outputs, tmp_path):
+    if format_ == "fairseq":
+        pytest.importorskip("torch")
+    formats.write(made.model("base", outputs), tmp_path, format_=format_)
+    known = {path for pattern in formats.FILES[format_] for path in tmp_path.glob(pattern)}
+    assert known == set(tmp_path.iterdir())
 
 
 def test_heads_are_given_where_a_file_does_not_say(tmp_path):
@@ -105,13 +133,29 @@ def test_the_command_line_says_what_is_wrong(tmp_path, capsys):
         (["import", "--from=hf", "--path=x", "--out=y", "--num_head=4"], 2, "--num_head=4"),
         (["import", "--from=hf", "--path=x"], 2, "--out"),
         (["import", "--from=torchaudio", "--path=x", "--out=y", "--num_heads=many"], 2, "many"),
+        (["import", "--from=hf", "--path=x", "--out=y", "--num_heads=4"], 2,
+         "--num_heads is said by the files of --from=hf"),
+        (["export", "weights", "--checkpoint=x", "--format=hf", "--out=y", "--suffix=.pt"], 2,
+         "--suffix is for --format=torchaudio, this is hf"),
         (["export", "weights", "--checkpoint=x", "--format=onnx", "--out=y"], 2, "'onnx'"),
         (["export", "weights", "--checkpoint=x", "--suffix=.bin", "--out=y"], 2, "'.bin'"),
         (["import", "--from=hf", f"--path={tmp_path}", "--out=y"], 1, "config.json: missing; is"),
         (["import", "--from=fairseq", f"--path={tmp_path}/a.pt", "--out=y"], 1, "no such file"),
         (["export", "weights", f"--checkpoint={tmp_path}", "--out=y"], 1, "no checkpoint here"),
-    ):
+    ):  # fmt: skip
         with pytest.raises(SystemExit) as exit_:
             cli.main(argv)
         err = capsys.readouterr().err
         assert exit_.value.code == code and message in err and "Traceback" not in err
+
+
+def test_an_export_that_was_cut_off_goes_on(tmp_path):
+    formats.write(made.model("base", "one set"), tmp_path / "theirs", format_="hf")
+    import_weights("hf", tmp_path / "theirs", tmp_path / "in")
+    export_weights("hf", tmp_path / "in", tmp_path / "out")
+    whole = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    card = cards.read(tmp_path / "out" / "card.json")
+    cards.write(tmp_path / "out" / "card.json", card | {"is_finished": False})
+    (tmp_path / "out" / "config.json").unlink()
+    export_weights("hf", tmp_path / "in", tmp_path / "out")
+    assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == whole
