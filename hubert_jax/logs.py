@@ -10,7 +10,7 @@ import pathlib
 import sys
 import time
 import types
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Self
 
 import tqdm
@@ -107,6 +107,14 @@ class Progress:
         if self._note:
             parts.append(self._note)
         return ", ".join(parts)
+
+
+def table(lines: Sequence[Sequence[str]]) -> str:
+    """Markdown with aligned columns; the first line is the header."""
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    padded = [[x.ljust(width) for x, width in zip(line, widths, strict=True)] for line in lines]
+    padded.insert(1, ["-" * width for width in widths])
+    return "\n".join(f"| {' | '.join(line)} |" for line in padded)
 
 
 def clock(seconds: float) -> str:

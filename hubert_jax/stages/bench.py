@@ -57,7 +57,7 @@ def main(argv: Sequence[str]) -> None:
             top.error(config_files.unknown("work", name, list(WORK)))
     config = config_files.configured(top, args.config, overrides)
     rows = [row for work in args.work or WORK for row in WORK[work](config, args)]
-    print(table(rows))
+    print(logs.table([HEADER, *map(_cells, rows)]))
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     logs.info(f"{memory:.1f} GiB of memory at most, all contenders together")
     if args.out:
@@ -219,15 +219,6 @@ def _rows(
         )
         for t in timings
     ]  # fmt: skip
-
-
-def table(rows: Sequence[Row]) -> str:
-    """Markdown, with aligned columns."""
-    cells = [HEADER, *map(_cells, rows)]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    padded = [[x.ljust(width) for x, width in zip(line, widths, strict=True)] for line in cells]
-    padded.insert(1, ["-" * width for width in widths])
-    return "\n".join(f"| {' | '.join(line)} |" for line in padded)
 
 
 def _cells(row: Row) -> tuple[str, ...]:

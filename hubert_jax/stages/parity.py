@@ -38,7 +38,7 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--out", type=epath.Path, metavar="FILE", help="the table as JSON")
     args = parser.parse_args(argv)
     rows = list(tiny_rows() if args.size == "tiny" else full_size_rows(args.size))
-    print(table(rows))
+    print(logs.table([HEADER, *map(_cells, rows)]))
     if args.out:
         write(rows, args.out, size=args.size)
     outside = [row for row in rows if not row.is_within]
@@ -86,15 +86,6 @@ def live():
     from hubert_jax.parity import peers
 
     return peers
-
-
-def table(rows: Sequence[Row]) -> str:
-    """Markdown, with aligned columns; what is outside its tolerance is marked."""
-    cells = [HEADER, *map(_cells, rows)]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    padded = [[x.ljust(width) for x, width in zip(line, widths, strict=True)] for line in cells]
-    padded.insert(1, ["-" * width for width in widths])
-    return "\n".join(f"| {' | '.join(line)} |" for line in padded)
 
 
 def _cells(row: Row) -> tuple[str, ...]:
