@@ -241,7 +241,11 @@ def export_weights(checkpoint: epath.Path, out: epath.Path, *, format_: str, suf
     card = cards.new("weights", made_from=made_from, step=card["step"], **model.facts())
     if not _begin(out, card, formats.FILES[format_]):
         return
-    formats.write(model, out, format_=format_, suffix=suffix)
+    try:
+        formats.write(model, out, format_=format_, suffix=suffix)
+    except (ValueError, ImportError):  # what a format cannot hold leaves no mark
+        (out / "card.json").unlink()
+        raise
     cards.write(out / "card.json", card | {"is_finished": True})
     logs.info(f"{out}: {formats.summary(model)}")
 
@@ -256,9 +260,10 @@ def _begin(out: epath.Path, card: cards.Card, patterns: Sequence[str]) -> bool:
         made = cards.read(path)
         facts = {name: x for name, x in card.items() if name not in ("versions", "step")}
         cards.require(path, made, option="--out", **facts)
-        if made["is_finished"]:
+        is_finished = made.get("is_finished", True)
+        if is_finished:
             logs.info(f"{out}: done before")
-        return not made["is_finished"]
+        return not is_finished
     found = sorted(path for pattern in patterns for path in out.glob(pattern))
     if found:
         raise ValueError(

@@ -159,3 +159,12 @@ def test_an_export_that_was_cut_off_goes_on(tmp_path):
     (tmp_path / "out" / "config.json").unlink()
     export_weights("hf", tmp_path / "in", tmp_path / "out")
     assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == whole
+
+
+def test_what_a_format_cannot_hold_leaves_no_mark(tmp_path):
+    formats.write(made.model("base", "two sets"), tmp_path / "theirs", format_="hf")
+    import_weights("hf", tmp_path / "theirs", tmp_path / "in")
+    with pytest.raises(ValueError, match="torchaudio predicts one label set, this model 2"):
+        export_weights("torchaudio", tmp_path / "in", tmp_path / "out")
+    export_weights("hf", tmp_path / "in", tmp_path / "out")
+    assert (tmp_path / "out" / "config.json").exists()
