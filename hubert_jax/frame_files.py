@@ -76,7 +76,7 @@ def write(
         overlap_seconds=windows.OVERLAP / frames.FRAME_RATE,
         **content,
     )
-    if not cards.is_made(out / "card.json", made_from):
+    if not cards.is_made(out / "card.json", made_from, option="--out"):
         cards.write(out / "card.json", card | {"is_finished": False})
 
     seconds = dict(zip(work.ids, work.seconds, strict=True))

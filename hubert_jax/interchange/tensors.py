@@ -124,7 +124,8 @@ def save_pt(path: epath.PathLike, contents: Any) -> None:
 
 def to_torch(state: Mapping[str, np.ndarray], path: epath.PathLike) -> dict[str, Any]:
     torch = _torch(path)
-    return {name: torch.from_numpy(np.ascontiguousarray(x)) for name, x in state.items()}
+    writable = {name: np.require(x, requirements=["C", "W"]) for name, x in state.items()}
+    return {name: torch.from_numpy(x) for name, x in writable.items()}  # jax's are read-only
 
 
 def state_dict(contents: Any, *, origin: str) -> dict[str, np.ndarray]:

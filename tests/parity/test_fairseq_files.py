@@ -378,3 +378,12 @@ def test_damaged_pt_files(save, tmp_path):
     torch.save({"model": {}}, path, _use_new_zipfile_serialization=False)
     with pytest.raises(ValueError, match=r"from before torch 1\.6; load it with torch and save it"):
         formats.read(path, format_="fairseq")
+
+
+def test_arrays_that_may_not_be_written_to_go_out_without_a_warning(tmp_path, recwarn):
+    """Those of a checkpoint are jax's, which are read-only."""
+    x = np.arange(6, dtype=np.float32).reshape(2, 3)
+    x.flags.writeable = False
+    tensors.save_pt(tmp_path / "model.pt", tensors.to_torch({"x": x}, tmp_path / "model.pt"))
+    np.testing.assert_array_equal(tensors.read(tmp_path / "model.pt")["x"], x)
+    assert not [w for w in recwarn if "not writable" in str(w.message)]
