@@ -3,9 +3,10 @@
 
 Flax's own differ: its gelu is the tanh form, its norms have eps 1e-6, its kernels start as LeCun's.
 
-B batch, T frames, C channels
+B batch, T frames, C channels, D channels of an output, K taps
 """
 
+import functools
 import math
 
 import jax
@@ -43,6 +44,72 @@ def torch_uniform(key, shape, fan_in):
     """U(-1/sqrt(fan_in), 1/sqrt(fan_in)): torch's default for a Linear, kernel and bias alike."""
     bound = 1 / math.sqrt(fan_in)
     return jax.random.uniform(key, shape, minval=-bound, maxval=bound)
+
+
+class Conv(nnx.Module):
+    """One strided convolution over time, no padding; Kaiming-normal (fan_in, gain sqrt 2)."""
+
+    def __init__(self, width_in, width_out, kernel, stride, *, bias, key):
+        std = math.sqrt(2 / (kernel * width_in))
+        shape = (kernel, width_in, width_out)
+        axes = ("frames", "conv_in", "conv_out")
+        self.stride = stride
+        self.kernel = nnx.Param(std * jax.random.normal(key, shape), axes=axes)
+        # torch leaves the bias uniform in +-1 / sqrt(fan_in)
+        bias_key = jax.random.fold_in(key, 1)
+        self.bias = (
+            nnx.Param(torch_uniform(bias_key, (width_out,), kernel * width_in), axes=("conv_out",))
+            if bias
+            else None
+        )
+
+    def __call__(self, x_BTC):
+        y_BTC = strided_conv(x_BTC, self.kernel[...].astype(x_BTC.dtype), self.stride)
+        return y_BTC if self.bias is None else y_BTC + self.bias[...].astype(x_BTC.dtype)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def strided_conv(x_BTC, kernel, stride: int):
+    """Convolution over time, no padding: (B, T, C), (K, C, D) -> (B, (T - K) // stride + 1, D).
+
+    On CPU, XLA's gradient for x multiplies with the zeros between the strides; here it is one plain
+    convolution for each phase of the stride (docs/LOG.md has the times).
+    """
+    return _conv(x_BTC, kernel, stride)
+
+
+def _conv(x_BTC, kernel, stride: int = 1):
+    return jax.lax.conv_general_dilated(
+        x_BTC, kernel, (stride,), "VALID", dimension_numbers=("NWC", "WIO", "NWC")
+    )
+
+
+def _gradients_of_conv(stride: int, saved, grad_BTD):
+    x_BTC, kernel = saved
+    (grad_kernel,) = jax.linear_transpose(lambda k: _conv(x_BTC, k, stride), kernel)(grad_BTD)
+    if jax.default_backend() == "cpu":
+        return _input_gradient(grad_BTD, kernel, stride, x_BTC.shape[1]), grad_kernel
+    (grad_BTC,) = jax.linear_transpose(lambda x: _conv(x, kernel, stride), x_BTC)(grad_BTD)
+    return grad_BTC, grad_kernel
+
+
+def _input_gradient(grad_BTD, kernel, stride: int, num_frames: int):
+    """x[stride * t + phase] went through every stride-th tap, from tap `phase` on."""
+    most_taps = -(-kernel.shape[0] // stride)
+    phases = []
+    for phase in range(stride):
+        taps = kernel[phase::stride][::-1].swapaxes(1, 2)
+        around = (len(taps) - 1, most_taps - 1)
+        phases.append(_conv(jnp.pad(grad_BTD, ((0, 0), around, (0, 0))), taps))
+    grad_BTC = jnp.stack(phases, axis=2).reshape(len(grad_BTD), -1, kernel.shape[1])
+    unseen = max(0, num_frames - grad_BTC.shape[1])
+    return jnp.pad(grad_BTC, ((0, 0), (0, unseen), (0, 0)))[:, :num_frames]
+
+
+strided_conv.defvjp(
+    lambda x_BTC, kernel, stride: (_conv(x_BTC, kernel, stride), (x_BTC, kernel)),
+    _gradients_of_conv,
+)
 
 
 class LayerNorm(nnx.Module):
@@ -101,7 +168,30 @@ def dropout(x, rate: float, key):
     """Zero a share `rate` of x and scale the rest; x itself without a key or a rate."""
     if key is None or rate == 0:
         return x
-    return jnp.where(jax.random.bernoulli(key, 1 - rate, x.shape), x / (1 - rate), 0)
+    keep = random_bits(key, x.shape) >= jnp.uint32(round(rate * 2**32))
+    return jnp.where(keep, x * (1 / (1 - rate)), 0)
+
+
+def random_bits(key, shape: tuple[int, ...]):
+    """32 random bits for each element, uint32; an element's do not depend on how x is sharded.
+
+    A hash of where the element is instead of jax.random's Threefry, which on CPU takes ten times as
+    long as the softmax whose result it drops. Good enough for dropout; masks are drawn elsewhere.
+    """
+    seeds = jax.random.bits(key, 2)
+    row = jnp.zeros((*shape[:-1], 1), jnp.uint32)
+    for axis, size in enumerate(shape[:-1]):
+        row = row * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, row.shape, axis)
+    column = jax.lax.broadcasted_iota(jnp.uint32, shape, len(shape) - 1)
+    golden = jnp.uint32(0x9E3779B9)  # 2^32 divided by the golden ratio: neighbours end up far apart
+    return _hash((_hash(row ^ seeds[0]) ^ seeds[1]) + column * golden)
+
+
+def _hash(x):
+    """A bijection of uint32 that mixes all bits. Source: C. Wellons, hash-prospector, lowbias32."""
+    x = (x ^ (x >> 16)) * jnp.uint32(0x7FEB352D)
+    x = (x ^ (x >> 15)) * jnp.uint32(0x846CA68B)
+    return x ^ (x >> 16)
 
 
 @jax.custom_vjp

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from hubert_jax.layers import (
+    Conv,
     GroupNorm,
     LayerNorm,
     Linear,
@@ -232,34 +233,6 @@ class Extractor(nnx.Module):
             x_BTC = gelu(x_BTC)
         x_BTC = scale_gradient(x_BTC, self.config.gradient_scale)
         return constrain(x_BTC, "batch", "frames", "residual")
-
-
-class Conv(nnx.Module):
-    """One strided convolution over time, no padding; Kaiming-normal (fan_in, gain sqrt 2)."""
-
-    def __init__(self, width_in, width_out, kernel, stride, *, bias, key):
-        std = math.sqrt(2 / (kernel * width_in))
-        shape = (kernel, width_in, width_out)
-        axes = ("frames", "conv_in", "conv_out")
-        self.stride = stride
-        self.kernel = nnx.Param(std * jax.random.normal(key, shape), axes=axes)
-        # torch leaves the bias uniform in +-1 / sqrt(fan_in)
-        bias_key = jax.random.fold_in(key, 1)
-        self.bias = (
-            nnx.Param(torch_uniform(bias_key, (width_out,), kernel * width_in), axes=("conv_out",))
-            if bias
-            else None
-        )
-
-    def __call__(self, x_BTC):
-        y_BTC = jax.lax.conv_general_dilated(
-            x_BTC,
-            self.kernel[...].astype(x_BTC.dtype),
-            window_strides=(self.stride,),
-            padding="VALID",
-            dimension_numbers=("NWC", "WIO", "NWC"),
-        )
-        return y_BTC if self.bias is None else y_BTC + self.bias[...].astype(x_BTC.dtype)
 
 
 class PositionConv(nnx.Module):

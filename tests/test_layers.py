@@ -1,0 +1,83 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Parts of the model that are computed in another way than the plain one.
+
+B batch, T frames, C channels, D channels of an output, K taps
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from hubert_jax import layers
+
+# --- strided convolutions: gradients that are written by hand
+
+
+@pytest.mark.parametrize("num_frames", (20, 21, 22, 23))
+@pytest.mark.parametrize("num_taps, stride", ((3, 2), (2, 2), (10, 5), (5, 3)))
+def test_gradients_of_a_strided_convolution_are_those_that_jax_derives(
+    num_frames, num_taps, stride
+):
+    x_BTC = jax.random.normal(jax.random.key(0), (2, num_frames, 3))
+    kernel = jax.random.normal(jax.random.key(1), (num_taps, 3, 4))
+
+    def plain(x_BTC, kernel, stride):
+        return jax.lax.conv_general_dilated(
+            x_BTC, kernel, (stride,), "VALID", dimension_numbers=("NWC", "WIO", "NWC")
+        )
+
+    def gradients(conv):
+        loss = lambda x_BTC, kernel: jnp.sum(jnp.sin(conv(x_BTC, kernel, stride)))  # noqa: E731
+        return jax.grad(loss, argnums=(0, 1))(x_BTC, kernel)
+
+    for got, want in zip(gradients(layers.strided_conv), gradients(plain), strict=True):
+        np.testing.assert_allclose(got, want, rtol=0, atol=1e-5)
+
+
+# --- dropout
+
+
+def dropped(shape, *, seed, rate=0.1) -> np.ndarray:
+    x = layers.dropout(jnp.ones(shape), rate, jax.random.key(seed))
+    np.testing.assert_allclose(np.unique(x), [0, 1 / (1 - rate)], rtol=1e-6)
+    return np.asarray(x == 0, np.float64)
+
+
+def test_dropout_drops_its_share_everywhere():
+    num = np.array([40, 60, 250])
+    drops = dropped(num, seed=0)
+    for axis in range(3):  # rows, columns and layers of the array alike
+        others = tuple(a for a in range(3) if a != axis)
+        deviation = np.sqrt(0.1 * 0.9 / (num.prod() / num[axis]))
+        shares = drops.mean(axis=others)
+        assert abs(shares - 0.1).max() < 5 * deviation
+        assert 0.7 * deviation < shares.std() < 1.3 * deviation
+
+
+def test_what_dropout_does_to_one_element_says_nothing_of_another():
+    """Neighbours in each direction, neighbouring seeds, and rows of the same number."""
+    shape = (40, 60, 250)
+    drops, others = dropped(shape, seed=0) - 0.1, dropped(shape, seed=1) - 0.1
+    pairs = [(drops, others), (drops[:, :, 1:], others[:, :, :-1])]
+    for axis in range(3):
+        for step in (1, 2, 8, 16):
+            later = np.split(drops, [step], axis)[1]
+            pairs.append((later, np.split(drops, [-step], axis)[0]))
+    for one, other in pairs:
+        assert abs(np.mean(one * other)) < 5 * 0.09 / np.sqrt(one.size)
+
+
+def test_dropout_of_one_array_does_not_depend_on_its_sharding():
+    mesh = jax.sharding.Mesh(np.array(jax.devices()).reshape(4, 2), ("a", "b"))
+    x = jnp.ones((8, 4, 6))
+    sharded = jax.device_put(x, jax.NamedSharding(mesh, jax.P("a", None, "b")))
+    drop = jax.jit(lambda x: layers.dropout(x, 0.5, jax.random.key(0)))
+    np.testing.assert_array_equal(drop(sharded), drop(x))
+    assert 0 < np.mean(drop(x) == 0) < 1
+
+
+def test_dropout_without_a_key_or_a_rate_gives_its_argument_back():
+    x = jnp.ones((2, 3))
+    assert layers.dropout(x, 0.1, None) is x
+    assert layers.dropout(x, 0.0, jax.random.key(0)) is x
