@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """k-means over more frames than memory holds: seeding on a sample, mini-batches, full passes.
 
-    sample        k-means++ and a few Lloyd passes for every restart; the restart with the lowest
-                  inertia goes on with swaps and as many passes again
+    sample        k-means++ and a few Lloyd passes for every restart, on a part of the sample; the
+                  restart with the lowest inertia goes on with swaps and as many passes over all
     mini-batches  passes over the shards in random order, every centre with its own learning rate,
                   until the smoothed inertia no longer falls
     full passes   Lloyd: every centre becomes the mean of its frames; no centre is left empty
@@ -34,7 +34,7 @@ from hubert_jax.ops import plus_plus, rows
 
 CHUNK_ROWS = 2048  # rows whose distances exist at one time: 0.8 MB at 100 codes, 4 MB at 500
 PASS_CHUNKS = 8  # chunks a device that a full pass reads at a time
-SEEDING_ROWS = 16_384  # of the sample, or 32 a code if that is more: they tell restarts apart
+SEEDING_ROWS = 16_384  # of the sample, or 32 a code if that is more: for restarts and swaps
 FORGETTING = 4  # a pass starts with counts / 4: earlier rows went to centres that have moved since
 INERTIA_LAG = 4  # mini-batches between a step and the look at its inertia: no wait for the device
 MAX_REFILLS = 5  # full passes beyond those asked for, to fill empty clusters
@@ -290,8 +290,8 @@ def best_seeding(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Centres and their counts of the best restart on the sample. Runs on one device.
 
-    Restarts are seeded and compared on a part of the sample, evenly spread; the best one goes on
-    with all of it.
+    Restarts are seeded and compared on a part of the sample, evenly spread, and swaps are tried
+    there; the other passes of the best one go over all of it.
     """
     uniform_CRL = plus_plus.draws(
         random, num_codes=config.num_codes, num_restarts=config.num_restarts
@@ -315,7 +315,7 @@ def _best_seeding(sample_ND, uniform_CRL, uniform_GSL):
         return lloyd(part_ND, centers_CD), None
 
     def swap_and_lloyd(centers_CD, uniform_SL):
-        return lloyd(sample_ND, plus_plus.swap(sample_ND, centers_CD, uniform_SL)), None
+        return lloyd(sample_ND, plus_plus.swap(part_ND, centers_CD, uniform_SL)), None
 
     def improve(centers_CD):
         centers_CD, _ = jax.lax.scan(lloyd_on_part, centers_CD, length=len(uniform_GSL))
