@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """k-means over more frames than memory holds: seeding on a sample, mini-batches, full passes.
 
-    sample        k-means++ and a few Lloyd passes for every restart; the restart with the lowest
-                  inertia goes on with swaps and as many passes again
+    sample        k-means++ and a few Lloyd passes for every restart, on a part of the sample; the
+                  restart with the lowest inertia goes on with swaps and as many passes over all
     mini-batches  passes over the shards in random order, every centre with its own learning rate,
                   until the smoothed inertia no longer falls
     full passes   Lloyd: every centre becomes the mean of its frames; no centre is left empty
@@ -32,8 +32,9 @@ from jax.sharding import PartitionSpec as P
 
 from hubert_jax.ops import plus_plus, rows
 
-CHUNK_ROWS = 4096  # rows whose distances exist at one time: 1.6 MB at 100 codes, 8 MB at 500
-PASS_CHUNKS = 4  # chunks a device that a full pass reads at a time
+CHUNK_ROWS = 2048  # rows whose distances exist at one time: 0.8 MB at 100 codes, 4 MB at 500
+PASS_CHUNKS = 8  # chunks a device that a full pass reads at a time
+SEEDING_ROWS = 16_384  # of the sample, or 32 a code if that is more: for restarts and swaps
 FORGETTING = 4  # a pass starts with counts / 4: earlier rows went to centres that have moved since
 INERTIA_LAG = 4  # mini-batches between a step and the look at its inertia: no wait for the device
 MAX_REFILLS = 5  # full passes beyond those asked for, to fill empty clusters
@@ -151,10 +152,29 @@ def fit(
 def assign(features_ND: jax.Array, centers_CD: jax.Array) -> jax.Array:
     """The nearest centre of every row, int32 N; of equally near ones the first.
 
-    Holds N x C distances: call it on a batch, under jit.
+    On a CPU a chunk at a time, whose distances stay in its cache. Elsewhere, where rows may be split
+    over devices, it holds N x C distances: call it on a batch. Under jit.
     """
     offset_D = jnp.mean(centers_CD, axis=0)
-    return _nearest(features_ND.astype(jnp.float32) - offset_D, centers_CD - offset_D)[0]
+    shifted_CD = centers_CD - offset_D
+
+    def nearest(features_ND):
+        return _nearest(features_ND.astype(jnp.float32) - offset_D, shifted_CD)[0]
+
+    def nearest_by_chunks(features_ND):
+        def assign_chunk(index, codes_N):
+            # The last chunk begins early enough to be a whole one.
+            start = jnp.minimum(index * CHUNK_ROWS, num_rows - CHUNK_ROWS)
+            chunk_ND = jax.lax.dynamic_slice_in_dim(features_ND, start, CHUNK_ROWS)
+            return jax.lax.dynamic_update_slice_in_dim(codes_N, nearest(chunk_ND), start, axis=0)
+
+        num_chunks = -(-num_rows // CHUNK_ROWS)
+        return jax.lax.fori_loop(0, num_chunks, assign_chunk, jnp.zeros(num_rows, jnp.int32))
+
+    num_rows = len(features_ND)
+    if num_rows <= CHUNK_ROWS:
+        return nearest(features_ND)
+    return jax.lax.platform_dependent(features_ND, cpu=nearest_by_chunks, default=nearest)
 
 
 # Distances and sums
@@ -268,7 +288,11 @@ def _sharded_sums(features_ND, num_valid, centers_CD, *, sharding: NamedSharding
 def best_seeding(
     sample_ND: np.ndarray, config: KMeansConfig, random: np.random.Generator
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Centres and their counts of the best restart on the sample. Runs on one device."""
+    """Centres and their counts of the best restart on the sample. Runs on one device.
+
+    Restarts are seeded and compared on a part of the sample, evenly spread, and swaps are tried
+    there; the other passes of the best one go over all of it.
+    """
     uniform_CRL = plus_plus.draws(
         random, num_codes=config.num_codes, num_restarts=config.num_restarts
     )
@@ -282,18 +306,22 @@ def best_seeding(
 @jax.jit
 def _best_seeding(sample_ND, uniform_CRL, uniform_GSL):
     sample_ND = sample_ND.astype(jnp.float32)
+    part_ND = sample_ND[:: max(1, len(sample_ND) // max(SEEDING_ROWS, 32 * len(uniform_CRL)))]
 
-    def lloyd(centers_CD, _=None):
-        return _means(_sums(sample_ND, len(sample_ND), centers_CD), centers_CD), None
+    def lloyd(rows_ND, centers_CD):
+        return _means(_sums(rows_ND, len(rows_ND), centers_CD), centers_CD)
+
+    def lloyd_on_part(centers_CD, _):
+        return lloyd(part_ND, centers_CD), None
 
     def swap_and_lloyd(centers_CD, uniform_SL):
-        return lloyd(plus_plus.swap(sample_ND, centers_CD, uniform_SL))
+        return lloyd(sample_ND, plus_plus.swap(part_ND, centers_CD, uniform_SL)), None
 
     def improve(centers_CD):
-        centers_CD, _ = jax.lax.scan(lloyd, centers_CD, length=len(uniform_GSL))
-        return centers_CD, _sums(sample_ND, len(sample_ND), centers_CD).inertia
+        centers_CD, _ = jax.lax.scan(lloyd_on_part, centers_CD, length=len(uniform_GSL))
+        return centers_CD, _sums(part_ND, len(part_ND), centers_CD).inertia
 
-    centers_RCD, inertia_R = jax.lax.map(improve, plus_plus.seed(sample_ND, uniform_CRL))
+    centers_RCD, inertia_R = jax.lax.map(improve, plus_plus.seed(part_ND, uniform_CRL))
     best_CD = centers_RCD[jnp.argmin(inertia_R)]
     best_CD, _ = jax.lax.scan(swap_and_lloyd, best_CD, uniform_GSL)
     return best_CD, _sums(sample_ND, len(sample_ND), best_CD).counts_C
