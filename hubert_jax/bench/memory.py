@@ -20,7 +20,7 @@ from hubert_jax.model import HubertConfig
 
 # Parameters, gradients and AdamW's two moments in float32.
 STATE_BYTES = 16
-USABLE = 0.9  # of a device's memory: the rest is context, cuDNN's workspaces and holes
+USABLE = 0.95  # of what JAX may take: the rest is workspaces and holes
 SMALLER = 0.9  # rows, after a batch that did not fit
 
 

@@ -102,18 +102,10 @@ def fit(
     return Contender(NAME, lambda: work)
 
 
-def inertia(shards: Sequence[np.ndarray], centers_CD) -> float:
+def inertia(features_ND, centers_CD) -> float:
     """Mean squared distance of a row to its nearest centre, in float64 from float32 distances."""
-    assign = jax.jit(kmeans.assign)
-    total, num_rows = 0.0, 0
-    for features_ND in shards:
-        codes_N = np.asarray(assign(features_ND, centers_CD))
-        for first in range(0, len(codes_N), SHARD_ROWS // 10):  # differences of all: gigabytes
-            rows = slice(first, first + SHARD_ROWS // 10)
-            difference_ND = features_ND[rows].astype(np.float32) - centers_CD[codes_N[rows]]
-            total += float(np.sum(np.square(difference_ND, dtype=float)))
-        num_rows += len(codes_N)
-    return total / num_rows
+    codes_N = np.asarray(jax.jit(kmeans.assign)(features_ND, centers_CD))
+    return float(np.mean(np.sum(np.square(features_ND - centers_CD[codes_N], dtype=float), axis=1)))
 
 
 def assignment(features_ND, centers_CD) -> Contender:
