@@ -74,11 +74,14 @@ class Checkpoints:
             opt_state=_restore(step / "optimizer", state.opt_state),
         )
 
-    def close(self) -> None:
-        """Waits until everything is on disk."""
+    def wait(self) -> None:
+        """Until everything is on disk."""
         with enough_space(self.folder):
             self._manager.wait_until_finished()
-            self._manager.close()
+
+    def close(self) -> None:
+        self.wait()
+        self._manager.close()
 
 
 @contextlib.contextmanager

@@ -10,8 +10,10 @@ import importlib
 import importlib.util
 import keyword
 import logging
+import os
 import pathlib
 import pkgutil
+import platform
 import shlex
 import sys
 import traceback
@@ -52,6 +54,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"hubert: {config_files.unknown('stage', stage, names)}", file=sys.stderr)
         sys.exit(2)
     logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax warns of files it never wrote
+    keep_compiled_programs()
     show_traceback = "--traceback" in rest
     rest = [word for word in rest if word != "--traceback"]
     go_on = shlex.join(["hubert", *argv])
@@ -73,6 +76,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     except Exception:
         print(f"hubert {stage}: failed. To go on:\n  {go_on}", file=sys.stderr)
         raise
+
+
+def keep_compiled_programs() -> None:
+    """XLA's programs are kept between runs, each machine's apart, so a second start compiles none.
+
+    JAX's own variables go before: JAX_COMPILATION_CACHE_DIR is another folder,
+    JAX_ENABLE_COMPILATION_CACHE=false keeps nothing. Only JAX reads them, as it is imported.
+    """
+    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    # A program compiled for one processor may crash on another that shares the home folder.
+    folder = os.path.join(cache, "hubert_jax", platform.node())
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", folder)
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 
 
 def run_config_stage(stage: str, argv: list[str]) -> None:

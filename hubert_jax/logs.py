@@ -5,12 +5,13 @@ Bars are drawn on a terminal; where there is none (a log file, a cluster), a lin
 says the same.
 """
 
+import contextlib
 import json
 import pathlib
 import sys
 import time
 import types
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Self
 
 import tqdm
@@ -139,7 +140,8 @@ class Metrics:
         if self.path.exists():
             _drop_lines_after(self.path, resume_from)
         self._lines = self.path.open("a", encoding="utf-8")
-        import tensorboardX  # here, because it loads torch where there is one: a second for nothing
+        with _hidden("torch"):  # which it loads where there is one, two seconds for nothing
+            import tensorboardX
 
         self._events = tensorboardX.SummaryWriter(
             str(self.path.parent), purge_step=resume_from + 1, flush_secs=30
@@ -168,6 +170,19 @@ def read_metrics(path) -> list[dict[str, float]]:
     """The lines of a metrics.jsonl, without a last one that a kill has cut short."""
     lines = pathlib.Path(path).read_text(encoding="utf-8").splitlines(keepends=True)
     return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+@contextlib.contextmanager
+def _hidden(package: str) -> Iterator[None]:
+    """Within, `package` cannot be imported; where it was loaded before, it stays as it is."""
+    if package in sys.modules:
+        yield
+        return
+    sys.modules[package] = None  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        del sys.modules[package]
 
 
 def _drop_lines_after(path: pathlib.Path, step: int) -> None:

@@ -1,14 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
 """The bench: who is timed when, how many operations there are, what the table says."""
 
+import dataclasses
 import json
 
+import jax
 import pytest
+from etils import epath
 
 from hubert_jax import config_files
-from hubert_jax.bench import counts, peers, timing
+from hubert_jax.bench import counts, memory, minimal, ours, peers, pipeline, timing
+from hubert_jax.data import batches
+from hubert_jax.data.corpus import Corpus
+from hubert_jax.heads import HeadConfig, Hubert
 from hubert_jax.model import HubertConfig
-from hubert_jax.stages import bench
+from hubert_jax.optim import OptimConfig
+from hubert_jax.stages import bench, pretrain
 
 
 @pytest.mark.parametrize(
@@ -43,15 +50,92 @@ def test_the_median_is_not_the_mean():
 def test_the_command_times_ours_alone_where_nobody_is_installed(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(peers, "installed", lambda *packages: False)
     path = tmp_path / "bench.json"
-    bench.main(["mfcc", "start", "--config=configs/demo.py", "--rounds=1", f"--out={path}"])
+    bench.main(["mfcc", "checkpoint", "--config=configs/demo.py", "--rounds=1", f"--out={path}"])
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
     rows = json.loads(path.read_text())["rows"]
-    assert [row["who"] for row in rows] == ["hubert_jax", "hubert_jax"]
-    assert len(lines) == 4 and len({len(line) for line in lines}) == 1
-    assert rows[0]["ratio"] == 1.0 and rows[0]["seconds"] > 0
+    assert [row["who"] for row in rows] == ["hubert_jax"] * 3
+    assert len(lines) == 5 and len({len(line) for line in lines}) == 1
+    assert rows[0]["ratio"] is None and 0 < rows[1]["seconds"] < rows[2]["seconds"]
 
 
 def test_unknown_work_is_named(capsys):
     with pytest.raises(SystemExit):
         bench.main(["trainign"])
     assert "Did you mean 'training'?" in capsys.readouterr().err
+
+
+def test_only_names_one_who_is_there():
+    with pytest.raises(ValueError, match="there are hubert_jax"):
+        bench.main(["mfcc", "--config=configs/demo.py", "--only=nobody"])
+
+
+def test_the_parts_begin_with_the_whole_step():
+    """Timings are compared with the first, and every part is timed both ways."""
+    config = config_files.load("configs/demo.py")
+    model, head = HubertConfig(**config.model), HeadConfig(**config.head)
+    wave_BS, labels_BT = ours.audio(1, 0.5, 10)
+    parts = list(ours.parts(model, head, OptimConfig(**config.optim), wave_BS, labels_BT))
+    names = [part.name for part in parts]
+    assert names[0] == "whole step" and names[-1] == "clipping and AdamW"
+    forward = {name.removesuffix(", forward") for name in names if name.endswith(", forward")}
+    both = {name.removesuffix(", forward + backward") for name in names if "backward" in name}
+    assert forward == both and len(names) == 2 + 2 * len(forward) == 12
+
+
+def test_the_optimiser_part_moves_the_parameters_again_and_again():
+    config = config_files.load("configs/demo.py")
+    model, head = HubertConfig(**config.model), HeadConfig(**config.head)
+    hubert = Hubert(model, head, (10,), key=jax.random.key(0))
+    work = ours._update(OptimConfig(**config.optim), hubert)
+    work(), work()  # the second call has what the first one donated
+    assert all(not leaf.is_deleted() for leaf in jax.tree.leaves(hubert))
+
+
+@pytest.mark.parametrize(
+    ("limit", "rows"),
+    [(1000, 90), (150, 5), (90, 1), (10**9, 128)],  # 100 whatever the rows, 10 each
+)
+def test_the_largest_batch_is_extrapolated_from_a_probe(monkeypatch, limit, rows):
+    taken = []
+    monkeypatch.setattr(memory, "peak", lambda: 100 + 10 * taken[-1])
+
+    def contender(num_rows):
+        return timing.Contender("a", lambda: lambda: taken.append(num_rows))
+
+    assert memory.largest(contender, fixed=100, limit=limit, probe=4, most=128) == rows
+    assert taken == [4, 4]
+
+
+def test_the_memory_of_the_state_is_four_float32_per_parameter():
+    config = config_files.load("configs/demo.py")
+    model, head = HubertConfig(**config.model), HeadConfig(**config.head)
+    hubert = Hubert(model, head, (100,), key=jax.random.key(0))
+    size = sum(leaf.nbytes for leaf in jax.tree.leaves(hubert))
+    assert memory.state_bytes(model, head, 100) == 4 * size
+
+
+def test_more_rungs_crop_less_of_librispeech():
+    config = batches.BatchConfig(**config_files.load("configs/base.py").batch)
+    one = dataclasses.replace(config, num_rungs=1)
+    assert 0 < pipeline.share_left_out(config) < 0.5 * pipeline.share_left_out(one) < 0.5
+
+
+def test_a_made_work_folder_is_one_that_training_takes(tmp_path):
+    workdir = epath.Path(tmp_path)
+    split, store = pipeline.make_work(workdir, utterances={"train": 8, "validation": 2}, num_codes=9)
+    corpus = Corpus(workdir / "corpus")
+    labels = pretrain.open_labels(workdir, (str(workdir / pipeline.LABELS),), corpus)
+    assert labels["train"][0].ids == split.ids == store.ids
+    size = sum(path.stat().st_size for path in (tmp_path / "corpus").glob("*train.array_record*"))
+    assert 0.9 < size / split.num_samples.sum() < 1.4  # LibriSpeech: 1.13 bytes a sample
+    config = batches.BatchConfig(**config_files.load("configs/base.py").batch)
+    (rate,) = pipeline.rates(
+        split, [store], config, seconds=32, num_threads=1, rounds=1, normalize=True
+    )
+    assert rate.audio_seconds > 32 and rate.seconds > 0
+
+
+@pytest.mark.parametrize(("name", "size"), [("base", "base"), ("large", "large"), ("demo", None)])
+def test_minimal_hubert_has_the_published_sizes_alone(name, size):
+    config = HubertConfig(**config_files.load(f"configs/{name}.py").model)
+    assert minimal.size_of(config) == size

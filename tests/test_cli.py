@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The command line: what it says, with which exit code, and how little it loads."""
 
+import os
 import subprocess
 import sys
 import time
@@ -150,3 +151,12 @@ def test_stages_that_are_not_driven_by_a_config_get_their_words(monkeypatch):
     monkeypatch.setattr(cli, "stage_names", lambda: ["export"])
     cli.main(["export", "units", "--layer=6"])
     assert calls == [["units", "--layer=6"]]
+
+
+def test_compiled_programs_are_kept_where_jax_was_not_told_otherwise(monkeypatch, tmp_path):
+    monkeypatch.setattr(os, "environ", {"XDG_CACHE_HOME": str(tmp_path)})
+    cli.keep_compiled_programs()
+    assert os.environ["JAX_COMPILATION_CACHE_DIR"].startswith(str(tmp_path / "hubert_jax"))
+    monkeypatch.setattr(os, "environ", {"JAX_COMPILATION_CACHE_DIR": "mine"})
+    cli.keep_compiled_programs()
+    assert os.environ["JAX_COMPILATION_CACHE_DIR"] == "mine"

@@ -60,3 +60,16 @@ def test_a_progress_bar_costs_no_plotting_library():
     program = "import sys; from hubert_jax import logs; print('tensorboardX' in sys.modules)"
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, check=True)
     assert result.stdout.strip() == b"False"
+
+
+def test_tensorboard_does_not_bring_torch(tmp_path):
+    """Two seconds of every start of a training where torch is installed."""
+    program = (
+        "import sys; from hubert_jax import logs;"
+        f"logs.Metrics({str(tmp_path)!r}, resume_from=0).write(1, {{'loss': 1.0}});"
+        "print('torch' in sys.modules, 'tensorboardX' in sys.modules)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, check=True, text=True
+    )
+    assert done.stdout.split() == ["False", "True"]

@@ -6,11 +6,12 @@ B batch, S samples, T frames, N rows, D width, C codes
 
 import functools
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 from hubert_jax import optim, pretraining, sharding, train
 from hubert_jax.bench.timing import Contender, Work
@@ -19,35 +20,26 @@ from hubert_jax.model import Encoder, HubertConfig
 from hubert_jax.ops import frames, kmeans, losses, mfcc
 
 NAME = "hubert_jax"
+SHARD_ROWS = 500_000  # of generated features; where there are more, they are float16
 
 
 def training(
     config: HubertConfig, head: HeadConfig, optimizer: optim.OptimConfig, wave_BS, labels_BT
 ) -> Contender:
     """One update on all devices: masks, forward, backward, clipping, AdamW."""
-    num_codes, num_steps = int(labels_BT.max()) + 1, 10 * optimizer.warmup_steps
 
     def prepare() -> Work:
         mesh = sharding.make_mesh(data=-1, fsdp=1, tensor=1)
-        adamw = optim.adamw(optimizer, num_steps=num_steps)
-        loss = functools.partial(
-            pretraining.loss, config=pretraining.LossConfig(10.0, 0.0, 0.0), num_steps=num_steps
-        )
-        step = train.make_step(loss, adamw, accumulate=1)
+        step = train.make_step(_loss(optimizer), _adamw(optimizer), accumulate=1)
         key = jax.random.key(0)
-        batch = {
-            "audio": wave_BS, "labels": labels_BT[..., None],
-            "weights": np.ones(len(wave_BS), np.float32),
-        }  # fmt: skip
         with jax.set_mesh(mesh):
-            make = functools.partial(_hubert, config, head, num_codes)
-            state = train.init_state(sharding.make_sharded(make, key, mesh), adamw)
-            placed = sharding.put_batch(mesh, batch)
+            carried = state(config, head, optimizer, int(labels_BT.max()) + 1, mesh)
+            placed = sharding.put_batch(mesh, batch(wave_BS, labels_BT))
 
         def work():
-            nonlocal state
+            nonlocal carried
             with jax.set_mesh(mesh):
-                state, metrics = step(state, placed, key)
+                carried, metrics = step(carried, placed, key)
             return jax.block_until_ready(metrics["loss"])
 
         return work
@@ -55,8 +47,35 @@ def training(
     return Contender(NAME, prepare)
 
 
+def state(
+    config: HubertConfig, head: HeadConfig, optimizer: optim.OptimConfig, num_codes: int, mesh
+) -> train.State:
+    """Step 0 of a training; within `jax.set_mesh(mesh)`."""
+    make = functools.partial(_hubert, config, head, num_codes)
+    model = sharding.make_sharded(make, jax.random.key(0), mesh)
+    return train.init_state(model, _adamw(optimizer))
+
+
+def batch(wave_BS, labels_BT) -> dict[str, np.ndarray]:
+    weights_B = np.ones(len(wave_BS), np.float32)
+    return {"audio": wave_BS, "labels": labels_BT[..., None], "weights": weights_B}
+
+
 def _hubert(config: HubertConfig, head: HeadConfig, num_codes: int, key) -> Hubert:
     return Hubert(config, head, (num_codes,), key=key)
+
+
+def _num_steps(optimizer: optim.OptimConfig) -> int:
+    return 10 * optimizer.warmup_steps
+
+
+def _adamw(optimizer: optim.OptimConfig) -> optax.GradientTransformation:
+    return optim.adamw(optimizer, num_steps=_num_steps(optimizer))
+
+
+def _loss(optimizer: optim.OptimConfig) -> train.LossFunction:
+    config = pretraining.LossConfig(10.0, 0.0, 0.0)
+    return functools.partial(pretraining.loss, config=config, num_steps=_num_steps(optimizer))
 
 
 def extraction(config: HubertConfig, wave_BS, *, layer: int) -> Contender:
@@ -70,12 +89,14 @@ def extraction(config: HubertConfig, wave_BS, *, layer: int) -> Contender:
     return Contender(NAME, prepare)
 
 
-def fit(features_ND, config: kmeans.KMeansConfig, centers: dict[str, np.ndarray]) -> Contender:
+def fit(
+    shards: Sequence[np.ndarray], config: kmeans.KMeansConfig, centers: dict[str, np.ndarray]
+) -> Contender:
     """A codebook, which goes into `centers`."""
     mesh = sharding.make_mesh(data=-1, fsdp=1, tensor=1)
 
     def work():
-        found = kmeans.fit([features_ND], config, seed=0, sharding=sharding.batch_sharding(mesh))
+        found = kmeans.fit(shards, config, seed=0, sharding=sharding.batch_sharding(mesh))
         centers[NAME] = found.centers_CD
 
     return Contender(NAME, lambda: work)
@@ -103,23 +124,36 @@ def mfccs(wave_S) -> Contender:
     return Contender(NAME, prepare)
 
 
-def parts(config: HubertConfig, head: HeadConfig, wave_BS, labels_BT) -> Iterator[Contender]:
-    """Forward, and forward with backward, of each part alone on inputs of its own shape."""
-    hubert = jax.jit(functools.partial(_hubert, config, head, int(labels_BT.max()) + 1))(
-        jax.random.key(0)
-    )
+# Where the time of a step goes.
+
+
+def parts(
+    config: HubertConfig, head: HeadConfig, optimizer: optim.OptimConfig, wave_BS, labels_BT
+) -> Iterator[Contender]:
+    """The whole step first; then forward, and forward with backward, of all and of each part.
+
+    The parts run alone on inputs of their own shape, the optimiser on gradients that are there.
+    """
+    yield training(config, head, optimizer, wave_BS, labels_BT)._replace(name="whole step")
+    num_codes = int(labels_BT.max()) + 1
+    hubert = jax.jit(functools.partial(_hubert, config, head, num_codes))(jax.random.key(0))
     encoder = hubert.encoder
     x_BTD = jax.random.normal(jax.random.key(1), (*labels_BT.shape, config.width), config.dtype)
     mask_BT = np.random.default_rng(0).random(labels_BT.shape) < 0.567
+    loss, key = _loss(optimizer), jax.random.key(0)
+
+    def whole(hubert, given):
+        return loss(hubert, given, key, jnp.zeros([], jnp.int32)).total
 
     def layers(encoder, x_BTD):
-        return encoder._run_layers(x_BTD, None, None, jax.random.key(0))
+        return encoder._run_layers(x_BTD, None, None, key)
 
     def predict(head, x_BTD):
         (logits_BTC,) = head(x_BTD)
         return losses.prediction(logits_BTC, labels_BT, mask_BT, jnp.ones(len(x_BTD))).masked_loss
 
     for name, function, module, x in (
+        ("model and loss", whole, hubert, batch(wave_BS, labels_BT)),
         ("extractor", lambda encoder, wave_BS: encoder.extract(wave_BS), encoder, wave_BS),
         ("position convolution", lambda position, x_BTD: position(x_BTD), encoder.position, x_BTD),
         (f"{config.num_layers} layers", layers, encoder, x_BTD),
@@ -128,9 +162,9 @@ def parts(config: HubertConfig, head: HeadConfig, wave_BS, labels_BT) -> Iterato
         yield Contender(f"{name}, forward", functools.partial(_run, function, module, x))
         summed = functools.partial(_sum_of_squares, function)
         # no gradient for samples, which are no activations
-        wanted = (0,) if x is wave_BS else (0, 1)
-        gradient = jax.grad(summed, argnums=wanted)
+        gradient = jax.grad(summed, argnums=(0, 1) if x is x_BTD else 0)
         yield Contender(f"{name}, forward + backward", functools.partial(_run, gradient, module, x))
+    yield Contender("clipping and AdamW", functools.partial(_update, optimizer, hubert))
 
 
 def _sum_of_squares(function, module, x):
@@ -142,22 +176,83 @@ def _run(function, module, x) -> Work:
     return lambda: jax.block_until_ready(compiled(module, x))
 
 
-def matmul_peak(dtype: str, *, size: int = 4096, rounds: int = 5) -> float:
-    """Operations per second of the best of a few square matmuls, on one device."""
-    x = jnp.ones((size, size), dtype)
-    multiply = jax.jit(lambda x: x @ x)
-    multiply(x).block_until_ready()
+def _update(optimizer: optim.OptimConfig, hubert: Hubert) -> Work:
+    """One update in place, as in a step."""
+    adamw = _adamw(optimizer)
+    gradients = jax.tree.map(lambda x: 1e-3 * x, hubert)
+    carried = (jax.tree.map(jnp.copy, hubert), adamw.init(hubert))
+
+    @functools.partial(jax.jit, donate_argnums=0)
+    def update(carried, gradients):
+        hubert, moments = carried
+        updates, moments = adamw.update(gradients, moments, hubert)
+        return optax.apply_updates(hubert, updates), moments
+
+    def work():
+        nonlocal carried
+        carried = jax.block_until_ready(update(carried, gradients))
+
+    return work
+
+
+# What the bench works on, and what the machine could do at best.
+
+
+def matmul_peak(dtype: str, *, rounds: int = 5) -> float:
+    """Operations per second of the best of a few square matmuls, on one device.
+
+    Of random numbers: zeros and ones draw less power, and a GPU multiplies them faster. On a GPU
+    they are larger and several at a time, lest the call itself count.
+    """
+    size, repeats = (4096, 1) if jax.default_backend() == "cpu" else (8192, 10)
+    x = jax.random.normal(jax.random.key(0), (size, size), dtype)
+    scaled = x / size**0.5  # products keep the variance
+
+    @jax.jit
+    def multiply(x, scaled):
+        return jax.lax.fori_loop(0, repeats, lambda _, x: x @ scaled, x)
+
+    multiply(x, scaled).block_until_ready()
     best = 0.0
     for _ in range(rounds):
         started = time.perf_counter()
-        multiply(x).block_until_ready()
-        best = max(best, 2 * size**3 / (time.perf_counter() - started))
+        multiply(x, scaled).block_until_ready()
+        best = max(best, repeats * 2 * size**3 / (time.perf_counter() - started))
     return best
+
+
+def num_samples(seconds: float) -> int:
+    return round(seconds * frames.SAMPLE_RATE)
 
 
 def audio(rows: int, seconds: float, num_codes: int) -> tuple[np.ndarray, np.ndarray]:
     """Noise and labels: wave_BS, labels_BT."""
     rng = np.random.default_rng(0)
-    num_samples = round(seconds * frames.SAMPLE_RATE)
-    wave_BS = rng.normal(size=(rows, num_samples)).astype(np.float32)
-    return wave_BS, rng.integers(num_codes, size=(rows, frames.num_frames(num_samples)))
+    length = num_samples(seconds)
+    wave_BS = rng.normal(size=(rows, length)).astype(np.float32)
+    return wave_BS, rng.integers(num_codes, size=(rows, frames.num_frames(length)))
+
+
+def clustered(num_rows: int, width: int, num_codes: int) -> list[np.ndarray]:
+    """Shards of rows around three times as many centres as are asked for, of unequal sizes.
+
+    One shard is drawn by numpy, the same everywhere; more are drawn on the device, in seconds.
+    """
+    rng = np.random.default_rng(0)
+    centers_CD = 2 * rng.standard_normal((3 * num_codes, width), np.float32)
+    shares_C = rng.dirichlet(np.full(len(centers_CD), 0.5))
+    if num_rows <= SHARD_ROWS:
+        noise_ND = rng.standard_normal((num_rows, width), np.float32)
+        return [centers_CD[rng.choice(len(centers_CD), num_rows, p=shares_C)] + noise_ND]
+
+    @functools.partial(jax.jit, static_argnums=1)
+    def around(codes_N, num_rows, key):
+        noise_ND = jax.random.normal(key, (num_rows, width))
+        return (jnp.asarray(centers_CD)[codes_N] + noise_ND).astype(jnp.float16)
+
+    shards = []
+    for first in range(0, num_rows, SHARD_ROWS):
+        size = min(SHARD_ROWS, num_rows - first)
+        codes_N = rng.choice(len(centers_CD), size, p=shares_C)
+        shards.append(np.asarray(around(codes_N, size, jax.random.key(first))))
+    return shards

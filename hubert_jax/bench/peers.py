@@ -6,10 +6,12 @@ B batch, S samples, T frames, N rows, D width, C codes, M masked frames
 """
 
 import importlib.util
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
+from hubert_jax.bench import minimal
 from hubert_jax.bench.timing import Contender, Work
 from hubert_jax.model import HubertConfig
 from hubert_jax.ops import frames
@@ -27,8 +29,15 @@ def training(
 ) -> list[Contender]:
     """Updates with the dropouts of `config` and without layer drop, as ours."""
     contenders = []
-    for peer, make in (("transformers", _transformers), ("torchaudio", _torchaudio)):
-        if not installed("torch", peer):
+    makers = {
+        "transformers": _transformers,
+        "torchaudio": _torchaudio,
+        "minimal_hubert": minimal.training_loss,
+    }
+    for peer, make in makers.items():
+        if not installed("torch", peer) or (
+            peer == "minimal_hubert" and not minimal.size_of(config)
+        ):
             continue
         for compile_ in (False, True) if compiled else (False,):
 
@@ -154,24 +163,30 @@ def _torchaudio_encoder(config: HubertConfig) -> dict[str, Any]:
     }
 
 
-def extraction(config: HubertConfig, wave_BS, *, layer: int) -> list[Contender]:
+def extraction(config: HubertConfig, wave_BS, *, layer: int, dtype: str) -> list[Contender]:
     """A layer's output: transformers whole and cut after that layer, torchaudio."""
     contenders = []
     if installed("torch", "transformers"):
         if layer < config.num_layers:
             contenders.append(
-                Contender("transformers, whole", lambda: _hidden_states(config, wave_BS, None))
+                Contender(
+                    "transformers, whole", lambda: _hidden_states(config, wave_BS, None, dtype)
+                )
             )
         name = "transformers" + (f", cut to {layer} layers" if layer < config.num_layers else "")
-        contenders.append(Contender(name, lambda: _hidden_states(config, wave_BS, layer)))
+        contenders.append(Contender(name, lambda: _hidden_states(config, wave_BS, layer, dtype)))
     if installed("torch", "torchaudio"):
         contenders.append(
-            Contender("torchaudio", lambda: _torchaudio_layer(config, wave_BS, layer))
+            Contender("torchaudio", lambda: _torchaudio_layer(config, wave_BS, layer, dtype))
+        )
+    if installed("torch", "minimal_hubert") and minimal.size_of(config):
+        contenders.append(
+            Contender("minimal_hubert", lambda: minimal.layer_output(config, wave_BS, layer, dtype))
         )
     return contenders
 
 
-def _hidden_states(config: HubertConfig, wave_BS, num_layers: int | None) -> Work:
+def _hidden_states(config: HubertConfig, wave_BS, num_layers: int | None, dtype: str) -> Work:
     import torch
 
     model = _hubert_model(config, num_layers=num_layers).eval()
@@ -179,12 +194,13 @@ def _hidden_states(config: HubertConfig, wave_BS, num_layers: int | None) -> Wor
     @torch.inference_mode()
     def work():
         wave = torch.from_numpy(wave_BS).to(model.device)
-        return model(wave).last_hidden_state.cpu().numpy()
+        with torch.autocast(model.device.type, torch.bfloat16, enabled=dtype == "bfloat16"):
+            return model(wave).last_hidden_state.float().cpu().numpy()
 
     return work
 
 
-def _torchaudio_layer(config: HubertConfig, wave_BS, layer: int) -> Work:
+def _torchaudio_layer(config: HubertConfig, wave_BS, layer: int, dtype: str) -> Work:
     import torch
     import torchaudio
 
@@ -195,18 +211,23 @@ def _torchaudio_layer(config: HubertConfig, wave_BS, layer: int) -> Work:
     @torch.inference_mode()
     def work():
         wave = torch.from_numpy(wave_BS).to(device)
-        return model.extract_features(wave, num_layers=layer)[0][-1].cpu().numpy()
+        with torch.autocast(device, torch.bfloat16, enabled=dtype == "bfloat16"):
+            return model.extract_features(wave, num_layers=layer)[0][-1].float().cpu().numpy()
 
     return work
 
 
 def fit(
-    features_ND, num_codes: int, centers: dict[str, np.ndarray], *, n_init: int
+    shards: Sequence[np.ndarray],
+    num_codes: int,
+    centers: dict[str, np.ndarray],
+    *,
+    n_init: int,
 ) -> list[Contender]:
     """scikit-learn's MiniBatchKMeans with the reference's arguments but for n_init."""
     if not installed("sklearn"):
         return []
-    name = f"scikit-learn, n_init {n_init}"
+    name, features_ND = f"scikit-learn, n_init {n_init}", np.concatenate(shards)
 
     def work():
         from sklearn.cluster import MiniBatchKMeans

@@ -22,8 +22,8 @@ class Timing(NamedTuple):
 
     name: str
     seconds: list[float]
-    first: float
-    note: str
+    first: float | None = None
+    note: str = ""
 
     @property
     def median(self) -> float:

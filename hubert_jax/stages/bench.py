@@ -1,67 +1,68 @@
 # SPDX-License-Identifier: Apache-2.0
-"""hubert bench: how fast training, extraction, k-means and MFCC are, beside the peers installed.
+"""hubert bench: how fast everything is, beside the peers that are installed.
 
-    hubert bench [training|extraction|kmeans|mfcc|start|breakdown ...] [--config=configs/base.py]
+    hubert bench [WORK ...] [--config=configs/base.py]
+
+    training    an update                       extraction  features of a layer
+    kmeans      a codebook, and codes from it   mfcc        MFCC-39
+    input       FLAC in a corpus to batches     start       --help, and until a first update
+    checkpoint  how long saving blocks          breakdown   where the time of an update goes
 
 All contenders of a piece of work take turns in one process, on the same shapes in the same
 precision; what is printed is the median of --rounds after two rounds to warm up. A ratio is a
-peer's time over ours. MFU is the share of the rate of a 4096 x 4096 matmul measured here, in the
-same precision: operations (bench/counts.py) / seconds / devices / that rate. Peers on a GPU run
-there; without one, on the CPU.
+peer's time over ours. MFU is the share of the rate of a large matmul measured here, in the same
+precision: operations (bench/counts.py) / seconds / devices / that rate. Peers on a GPU run there;
+without one, on the CPU.
 """
 
 import argparse
-import json
 import os
-import platform
-import resource
 import subprocess
-import sys
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+import tempfile
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import jax
 import numpy as np
 from etils import epath
 
 from hubert_jax import config_files, logs
-from hubert_jax.bench import counts, ours, peers, timing
-from hubert_jax.bench.timing import Timing
-from hubert_jax.data import cards
+from hubert_jax.bench import counts, memory, ours, peers, pipeline, runs, saving, table, timing
+from hubert_jax.bench.table import Row
+from hubert_jax.bench.timing import Contender, Timing
+from hubert_jax.data import arrays, batches
+from hubert_jax.data.corpus import Corpus
 from hubert_jax.heads import HeadConfig
 from hubert_jax.model import HubertConfig
 from hubert_jax.ops import kmeans
 from hubert_jax.optim import OptimConfig
 
-HEADER = ("work", "who", "seconds", "first call", "rate", "ratio", "MFU", "note")
 MFCC_SECONDS = 60.0
-
-
-class Row(NamedTuple):
-    work: str
-    who: str
-    seconds: float
-    first: float  # seconds of the first call: compilation and warming up
-    rate: str
-    ratio: float | None  # to ours
-    mfu: float | None
-    note: str
+INPUT_SECONDS = 240.0  # of a batch, about what a device takes at a time
+INPUT_SPLITS = {"train": 300, "validation": 10}  # utterances: an hour
+WAITING_STEPS = 200
+PROBE_ROWS = 4
+MOST_ROWS = 256
 
 
 def main(argv: Sequence[str]) -> None:
     overrides, words = config_files.split_overrides(list(argv))
     top = parser()
     args = top.parse_args(words)
-    for name in args.work:
+    names = [*args.work, *(["breakdown"] if args.breakdown else [])]
+    for name in names:
         if name not in WORK:
             top.error(config_files.unknown("work", name, list(WORK)))
+    if args.rows == "max" and not args.only:
+        top.error("--rows=max is for one contender that has the memory to itself: give --only")
     config = config_files.configured(top, args.config, overrides)
-    rows = [row for work in args.work or WORK for row in WORK[work](config, args)]
-    print(logs.table([HEADER, *map(_cells, rows)]))
-    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    logs.info(f"{memory:.1f} GiB of memory at most, all contenders together")
+    rows: list[Row] = []
+    for name in names or WORK:
+        made = WORK[name](config, args)
+        rows += with_memory(made, name, argv) if args.memory else made
+    print(table.text(rows))
     if args.out:
-        write(rows, args.out, args)
+        table.write(args.out, rows, vars(args))
 
 
 def parser() -> argparse.ArgumentParser:
@@ -71,16 +72,57 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    top.add_argument("work", nargs="*", metavar="|".join(WORK), help="default: all of them")
+    top.add_argument("work", nargs="*", metavar="WORK", help="default: all of them")
+    top.add_argument("--breakdown", action="store_true", help="the work of this name")
     top.add_argument("--config", default="configs/base.py", help="the model; --config.FIELD=VALUE")
-    top.add_argument("--rows", type=int, default=2, help="utterances in a batch (2)")
+    top.add_argument(
+        "--rows", type=_rows, default=2, help="utterances in a batch (2); max: as many as fit"
+    )
     top.add_argument("--seconds", type=float, default=10.0, help="their length (10)")
     top.add_argument("--rounds", type=int, default=5, help="timed calls of each (5)")
     top.add_argument("--frames", type=int, default=200_000, help="for k-means (200000)")
+    top.add_argument(
+        "--codebooks", default="39x100,768x500", help="widths x codes of k-means (39x100,768x500)"
+    )
     top.add_argument("--n_init", type=int, default=20, help="of scikit-learn's k-means (20)")
     top.add_argument("--compile", action="store_true", help="torch.compile the peers as well")
+    top.add_argument("--only", metavar="WHO", help="this contender alone, as the table calls it")
+    top.add_argument(
+        "--memory", action="store_true", help="each once more, in a process of its own, for memory"
+    )
+    top.add_argument("--workdir", type=epath.Path, help="for input: one there is, or is made here")
+    top.add_argument("--demo", default="configs/demo.py", help="what start and input train")
     top.add_argument("--out", type=epath.Path, metavar="FILE", help="the table as JSON")
     return top
+
+
+def _rows(text: str) -> int | str:
+    return text if text == "max" else int(text)
+
+
+def timed(work: str, contenders: Iterable[Contender], args: argparse.Namespace) -> list[Timing]:
+    """The contenders asked for, in turn. Raises ValueError where --only names nobody."""
+    found = list(contenders)
+    chosen = [contender for contender in found if args.only in (None, contender.name)]
+    if not chosen:
+        raise ValueError(f"--only={args.only}: there are {', '.join(c.name for c in found)}")
+    return timing.alternate(work, chosen, rounds=args.rounds)
+
+
+def with_memory(rows: list[Row], name: str, argv: Sequence[str]) -> list[Row]:
+    """The rows with what each contender takes, as a process says that runs it alone."""
+    if name not in ("training", "extraction"):
+        return rows
+    words = [word for word in argv if word not in (*WORK, "--memory", "--breakdown")]
+    found: dict[tuple[str, str], int | None] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        path = epath.Path(folder) / "alone.json"
+        for who in dict.fromkeys(row.who for row in rows):
+            logs.info(f"{name}: {who} alone, for its memory")
+            alone = [*runs.PROGRAM, "bench", name, *words, f"--only={who}", f"--out={path}"]
+            subprocess.run([*alone, "--rounds=1"], check=True, capture_output=True)
+            found |= {(row.work, row.who): row.memory for row in table.read(path)}
+    return [row._replace(memory=found[row.work, row.who]) for row in rows]
 
 
 # The pieces of work.
@@ -89,15 +131,36 @@ def parser() -> argparse.ArgumentParser:
 def training(config: Any, args: argparse.Namespace) -> list[Row]:
     model = HubertConfig(**(config.model.to_dict() | {"layer_drop": 0.0}))  # peers save its time
     head, optimizer = HeadConfig(**config.head), OptimConfig(**config.optim)
-    wave_BS, labels_BT = ours.audio(args.rows, args.seconds, config.kmeans.num_codes)
-    work = f"training step, {args.rows} x {args.seconds:g} s, {model.dtype}"
-    contenders = [ours.training(model, head, optimizer, wave_BS, labels_BT)]
-    contenders += peers.training(
-        model, head.code_width, wave_BS, labels_BT, dtype=str(model.dtype), compiled=args.compile
-    )
-    timings = timing.alternate(work, contenders, rounds=args.rounds)
-    operations = args.rows * counts.training(model, wave_BS.shape[1])
-    return _audio_rows(work, timings, args, operations, str(model.dtype))
+
+    def contenders(num_rows: int) -> list[Contender]:
+        wave_BS, labels_BT = ours.audio(num_rows, args.seconds, config.kmeans.num_codes)
+        return [
+            ours.training(model, head, optimizer, wave_BS, labels_BT),
+            *peers.training(
+                model, head.code_width, wave_BS, labels_BT,
+                dtype=str(model.dtype), compiled=args.compile,
+            ),
+        ]  # fmt: skip
+
+    num_rows = args.rows
+    if num_rows == "max":
+        num_rows = memory.largest(
+            lambda rows: next(c for c in contenders(rows) if c.name == args.only),
+            fixed=memory.state_bytes(model, head, config.kmeans.num_codes),
+            limit=memory.limit(), probe=PROBE_ROWS, most=MOST_ROWS,
+        )  # fmt: skip
+    while True:
+        work = f"training step, {num_rows} x {args.seconds:g} s, {model.dtype}"
+        try:
+            timings = timed(work, contenders(num_rows), args)
+            break
+        except RuntimeError as error:
+            if args.rows != "max" or num_rows == 1 or not memory.is_exhausted(error):
+                raise
+        num_rows = int(memory.SMALLER * num_rows)
+        logs.info(f"that did not fit: {num_rows} rows")
+    operations = num_rows * counts.training(model, ours.num_samples(args.seconds))
+    return _audio_rows(work, timings, num_rows, args, operations, str(model.dtype))
 
 
 def extraction(config: Any, args: argparse.Namespace) -> list[Row]:
@@ -108,73 +171,143 @@ def extraction(config: Any, args: argparse.Namespace) -> list[Row]:
         for layer in sorted({model.num_layers // 2, model.num_layers}):
             work = f"layer {layer}, {num_rows} x {args.seconds:g} s, {model.dtype}"
             contenders = [ours.extraction(model, wave_BS, layer=layer)]
-            contenders += peers.extraction(model, wave_BS, layer=layer)
-            timings = timing.alternate(work, contenders, rounds=args.rounds)
+            contenders += peers.extraction(model, wave_BS, layer=layer, dtype=str(model.dtype))
+            if args.only not in (None, *(contender.name for contender in contenders)):
+                continue  # transformers is cut to each layer under another name
+            timings = timed(work, contenders, args)
             operations = num_rows * counts.forward(model, wave_BS.shape[1], num_layers=layer)
-            rows += _audio_rows(work, timings, args, operations, str(model.dtype), num_rows)
+            rows += _audio_rows(work, timings, num_rows, args, operations, str(model.dtype))
     return rows
 
 
 def clustering(config: Any, args: argparse.Namespace) -> list[Row]:
     settings = kmeans.KMeansConfig(**config.kmeans)
     rows = []
-    for width, num_codes in ((39, 100), (768, 500)):
-        features_ND = clustered(args.frames, width, num_codes)
+    for size in args.codebooks.split(","):
+        width, num_codes = map(int, size.split("x"))
+        shards = ours.clustered(args.frames, width, num_codes)
         work = f"k-means, {args.frames} x {width}, K {num_codes}"
         centers: dict[str, np.ndarray] = {}
         fitted = kmeans.KMeansConfig(**(vars(settings) | {"num_codes": num_codes}))
-        contenders = [ours.fit(features_ND, fitted, centers)]
-        contenders += peers.fit(features_ND, num_codes, centers, n_init=args.n_init)
-        timings = timing.alternate(work, contenders, rounds=args.rounds)
-        notes = {n: f"inertia {ours.inertia(features_ND, x):.2f}" for n, x in centers.items()}
-        rows += _rows(work, timings, lambda _: "", notes=notes)
+        contenders = [ours.fit(shards, fitted, centers)]
+        if args.only != ours.NAME:
+            contenders += peers.fit(shards, num_codes, centers, n_init=args.n_init)
+        timings = timed(work, contenders, args)
+        # of the first shard: all of ten million rows take the host a minute
+        notes = {n: f"inertia {ours.inertia(shards[0], x):.2f}" for n, x in centers.items()}
+        rows += table.rows(work, timings, notes=notes)
 
-        work = f"assignment, {args.frames} x {width}, K {num_codes}"
-        nearest = centers[ours.NAME].astype(np.float32)
-        contenders = [
-            ours.assignment(features_ND, nearest),
-            *peers.assignment(features_ND, nearest),
-        ]
-        timings = timing.alternate(work, contenders, rounds=args.rounds)
-        rows += _rows(work, timings, lambda s: f"{args.frames / s / 1e6:.2f} M frames/s")
+        if ours.NAME in centers:
+            features_ND, nearest = shards[0], centers[ours.NAME].astype(np.float32)
+            work = f"assignment, {len(features_ND)} x {width}, K {num_codes}"
+            contenders = [
+                ours.assignment(features_ND, nearest),
+                *peers.assignment(features_ND, nearest),
+            ]
+            timings = timed(work, contenders, args)
+            rows += table.rows(work, timings, _millions(len(features_ND)))
     return rows
 
 
-def clustered(num_rows: int, width: int, num_codes: int) -> np.ndarray:
-    """Rows around three times as many centres as are asked for, of unequal sizes: (N, D)."""
-    rng = np.random.default_rng(0)
-    centers_CD = 2 * rng.standard_normal((3 * num_codes, width), np.float32)
-    shares_C = rng.dirichlet(np.full(len(centers_CD), 0.5))
-    noise_ND = rng.standard_normal((num_rows, width), np.float32)
-    return centers_CD[rng.choice(len(centers_CD), num_rows, p=shares_C)] + noise_ND
+def _millions(num_frames: int) -> Callable[[float], str]:
+    return lambda seconds: f"{num_frames / seconds / 1e6:.2f} M frames/s"
 
 
 def mfcc(config: Any, args: argparse.Namespace) -> list[Row]:
     wave_S = np.float32(0.1) * ours.audio(1, MFCC_SECONDS, 2)[0][0]
     work = f"MFCC-39, {MFCC_SECONDS:g} s"
-    contenders = [ours.mfccs(wave_S), *peers.mfccs(wave_S)]
-    timings = timing.alternate(work, contenders, rounds=args.rounds)
-    return _rows(work, timings, lambda s: f"{MFCC_SECONDS / s:.0f} audio s/s")
+    timings = timed(work, [ours.mfccs(wave_S), *peers.mfccs(wave_S)], args)
+    return table.rows(work, timings, lambda s: f"{MFCC_SECONDS / s:.0f} audio s/s")
+
+
+def input_(config: Any, args: argparse.Namespace) -> list[Row]:
+    """The pipeline alone, on one thread and on as many as there are cores; then in a training."""
+    cores = os.cpu_count() or 1
+    settings = batches.BatchConfig(**config.batch)
+    left_out = f"{100 * pipeline.share_left_out(settings):.1f} % of train-clean-100 cropped away"
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        workdir = args.workdir or epath.Path(folder)
+        if not (workdir / "corpus" / "card.json").exists():
+            logs.info(f"input: makes a corpus in {workdir}")
+            pipeline.make_work(workdir, utterances=INPUT_SPLITS, num_codes=100)
+        split = Corpus(workdir / "corpus").split("train")
+        labels = [arrays.Store(workdir / pipeline.LABELS / "train")]
+        for num_threads in sorted({1, cores}):
+            found = pipeline.rates(
+                split, labels, settings, seconds=INPUT_SECONDS, num_threads=num_threads,
+                rounds=args.rounds, normalize=config.model.normalize_audio,
+            )  # fmt: skip
+            per_core = sorted(rate.audio_seconds / rate.seconds / num_threads for rate in found)
+            median = per_core[len(per_core) // 2]
+            work = f"input, {num_threads} thread{'s' if num_threads > 1 else ''}, 1000 s"
+            seconds = 1000 / median / num_threads
+            rate = f"{median:.0f} audio s/s per core"
+            rows.append(Row(work, ours.NAME, seconds, rate=rate, note=left_out))
+        rows.append(_waiting(args, workdir))
+    return rows
+
+
+def _waiting(args: argparse.Namespace, workdir: epath.Path) -> Row:
+    logs.info(f"input: {WAITING_STEPS} steps of {args.demo}")
+    with tempfile.TemporaryDirectory() as folder:
+        fresh = epath.Path(folder)  # checkpoints of another bench would end this training at once
+        for name in ("corpus", pipeline.LABELS):
+            (fresh / name).parent.mkdir(parents=True, exist_ok=True)
+            os.symlink((workdir / name).resolve(), fresh / name)
+        waited = runs.waited(args.demo, fresh, num_steps=WAITING_STEPS)
+    note = f"{waited.waited:.2f} s of {waited.seconds:.1f} s, {waited.num_steps} steps"
+    work = f"training of {args.demo} waits for data, a step"
+    return Row(work, ours.NAME, waited.waited / waited.num_steps, note=note)
 
 
 def start(config: Any, args: argparse.Namespace) -> list[Row]:
-    command = [sys.executable, "-m", "hubert_jax.cli", "--help"]
+    """`hubert --help`; and until a training's first update, with nothing compiled and again."""
+    contender = Contender(ours.NAME, lambda: runs.help_text)
+    rows = table.rows("hubert --help", timed("hubert --help", [contender], args))
+    with tempfile.TemporaryDirectory() as folder:
+        workdir = epath.Path(folder)
+        pipeline.make_work(workdir, utterances={"train": 40, "validation": 4}, num_codes=100)
+        seconds = []
+        for number in range(1 + args.rounds):
+            logs.info(f"start {number + 1} of {args.demo}")
+            seconds.append(runs.first_update(args.demo, workdir, cache=workdir / "compiled"))
+    work = f"training of {args.demo} until its first update"
+    again = Timing(ours.NAME, seconds[1:]).median
+    rows.append(Row(work, ours.NAME, seconds[0], note="first start: nothing compiled before"))
+    rows.append(Row(work, ours.NAME, again, note="later start: from a checkpoint"))
+    return rows
 
-    def work():
-        subprocess.run(command, check=True, capture_output=True)
 
-    contender = timing.Contender(ours.NAME, lambda: work)
-    timings = timing.alternate("hubert --help", [contender], rounds=args.rounds)
-    return _rows("hubert --help", timings, lambda _: "")
+def checkpoint(config: Any, args: argparse.Namespace) -> list[Row]:
+    model, head = HubertConfig(**config.model), HeadConfig(**config.head)
+    optimizer = OptimConfig(**config.optim)
+    with tempfile.TemporaryDirectory(dir=args.workdir) as folder:
+        count = 1 + args.rounds  # the first call sets things up
+        found = list(saving.saves(model, head, optimizer, epath.Path(folder), count=count))
+    first, rest = found[0], found[1:]
+    blocked = Timing(ours.NAME, [saved.blocked for saved in rest], first.blocked)
+    on_disk = Timing(ours.NAME, [saved.on_disk for saved in rest], first.on_disk)
+    size = f"{first.num_bytes / 1e6:.1f} MB"
+    return [
+        *table.rows("checkpoint: training is blocked", [blocked]),
+        *table.rows(
+            f"checkpoint: until {size} are on disk", [on_disk],
+            lambda seconds: f"{first.num_bytes / seconds / 1e6:.0f} MB/s",
+        ),
+    ]  # fmt: skip
 
 
 def breakdown(config: Any, args: argparse.Namespace) -> list[Row]:
-    model, head = HubertConfig(**config.model), HeadConfig(**config.head)
+    model = HubertConfig(**(config.model.to_dict() | {"layer_drop": 0.0}))
+    head, optimizer = HeadConfig(**config.head), OptimConfig(**config.optim)
     wave_BS, labels_BT = ours.audio(args.rows, args.seconds, config.kmeans.num_codes)
     work = f"parts of a step, {args.rows} x {args.seconds:g} s, {model.dtype}"
-    contenders = list(ours.parts(model, head, wave_BS, labels_BT))
-    timings = timing.alternate(work, contenders, rounds=args.rounds)
-    return [row._replace(ratio=None) for row in _rows(work, timings, lambda _: "")]
+    contenders = ours.parts(model, head, optimizer, wave_BS, labels_BT)
+    timings = timed(work, contenders, args)
+    whole = timings[0].median
+    notes = {t.name: f"{100 * t.median / whole:.1f} % of the step" for t in timings}
+    return table.rows(work, timings, notes=notes)
 
 
 WORK: dict[str, Callable[[Any, argparse.Namespace], list[Row]]] = {
@@ -182,60 +315,24 @@ WORK: dict[str, Callable[[Any, argparse.Namespace], list[Row]]] = {
     "extraction": extraction,
     "kmeans": clustering,
     "mfcc": mfcc,
+    "input": input_,
     "start": start,
+    "checkpoint": checkpoint,
     "breakdown": breakdown,
 }
-
-
-# The table.
 
 
 def _audio_rows(
     work: str,
     timings: Sequence[Timing],
+    num_rows: int,
     args: argparse.Namespace,
     operations: float,
     dtype: str,
-    num_rows: int | None = None,
 ) -> list[Row]:
-    seconds = (num_rows or args.rows) * args.seconds
+    alone = memory.peak() if len(timings) == 1 else None  # before the matmuls take theirs
+    seconds = num_rows * args.seconds
     peak = ours.matmul_peak(dtype) * jax.device_count()
-    rows = _rows(work, timings, lambda s: f"{seconds / s:.2f} audio s/s")
+    rows = table.rows(work, timings, lambda s: f"{seconds / s:.2f} audio s/s")
     # Operations of ours: a peer that runs more layers than it was asked for has no more MFU.
-    return [row._replace(mfu=operations / row.seconds / peak) for row in rows]
-
-
-def _rows(
-    work: str,
-    timings: Sequence[Timing],
-    rate: Callable[[float], str],
-    notes: dict[str, str] | None = None,
-) -> list[Row]:
-    own = timings[0].median
-    return [
-        Row(
-            work, t.name, t.median, t.first, rate(t.median), t.median / own, None,
-            (notes or {}).get(t.name, t.note),
-        )
-        for t in timings
-    ]  # fmt: skip
-
-
-def _cells(row: Row) -> tuple[str, ...]:
-    ratio = "" if row.ratio is None else f"{row.ratio:.2f}"
-    mfu = "" if row.mfu is None else f"{100 * row.mfu:.0f} %"
-    times = (f"{row.seconds:.4g}", f"{row.first:.3g}")
-    return (row.work, row.who, *times, row.rate, ratio, mfu, row.note)
-
-
-def write(rows: Sequence[Row], path: epath.Path, args: argparse.Namespace) -> None:
-    devices = [device.device_kind for device in jax.devices()]
-    contents = {
-        "rows": [row._asdict() for row in rows],
-        "versions": cards.versions() | {"python": platform.python_version()},
-        "devices": devices,
-        "cores": os.cpu_count(),
-        "arguments": {name: str(value) for name, value in vars(args).items()},
-    }
-    with cards.whole(path) as unfinished:
-        unfinished.write_text(json.dumps(contents, indent=2))
+    return [row._replace(mfu=operations / row.seconds / peak, memory=alone) for row in rows]

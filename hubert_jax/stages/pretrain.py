@@ -154,6 +154,7 @@ def _pretrain(
             values = train.means(sums) | {
                 "learning_rate": float(learning_rate(step - 1)),
                 "audio_seconds_per_second": sums["audio_seconds"][0] / seconds,
+                "seconds": seconds,
                 "seconds_waited_for_data": waited,
             }
             metrics.write(step, {f"train/{name}": value for name, value in values.items()})
@@ -298,4 +299,5 @@ def _one_line(values: dict[str, float]) -> str:
     )
     if "audio_seconds_per_second" in values:
         line += f", {values['audio_seconds_per_second']:.0f} audio s/s"
+        line += f", {values['seconds_waited_for_data']:.2f} s waited for data"
     return line
