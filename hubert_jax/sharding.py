@@ -11,7 +11,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 MESH_AXES = ("data", "fsdp", "tensor")
@@ -37,19 +37,30 @@ def make_mesh(*, data: int, fsdp: int, tensor: int, devices=None) -> Mesh:
     Raises ValueError when the sizes do not multiply to the number of devices.
     """
     devices = jax.devices() if devices is None else devices
+    sizes = mesh_sizes(data=data, fsdp=fsdp, tensor=tensor, num_devices=len(devices))
+    shape = tuple(sizes[axis] for axis in MESH_AXES)
+    return jax.make_mesh(shape, MESH_AXES, devices=devices, axis_types=(AxisType.Auto,) * 3)
+
+
+def mesh_sizes(*, data: int, fsdp: int, tensor: int, num_devices: int) -> dict[str, int]:
+    """The size of every axis, -1 replaced. Raises ValueError where `make_mesh` would."""
     sizes = {"data": data, "fsdp": fsdp, "tensor": tensor}
     free = [axis for axis, size in sizes.items() if size == -1]
     taken = math.prod(size for size in sizes.values() if size != -1)
-    if len(free) > 1 or taken < 1 or len(devices) % taken or (not free and taken != len(devices)):
-        divisors = [n for n in range(1, len(devices) + 1) if len(devices) % n == 0]
+    if len(free) > 1 or taken < 1 or num_devices % taken or (not free and taken != num_devices):
+        divisors = [n for n in range(1, num_devices + 1) if num_devices % n == 0]
         raise ValueError(
-            f"mesh {sizes} does not fit {len(devices)} devices: give sizes among {divisors} whose"
+            f"mesh {sizes} does not fit {num_devices} devices: give sizes among {divisors} whose"
             " product is the number of devices; one of them may be -1"
         )
     for axis in free:
-        sizes[axis] = len(devices) // taken
-    shape = tuple(sizes[axis] for axis in MESH_AXES)
-    return jax.make_mesh(shape, MESH_AXES, devices=devices, axis_types=(AxisType.Auto,) * 3)
+        sizes[axis] = num_devices // taken
+    return sizes
+
+
+def abstract_mesh(*, data: int, fsdp: int, tensor: int) -> AbstractMesh:
+    """A mesh of these sizes without devices, to ask how arrays would be split."""
+    return AbstractMesh((data, fsdp, tensor), MESH_AXES, axis_types=(AxisType.Auto,) * 3)
 
 
 def constrain(x: jax.Array, *axes: str) -> jax.Array:
@@ -60,7 +71,7 @@ def constrain(x: jax.Array, *axes: str) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, _spec(x.shape, axes, dict(mesh.shape)))
 
 
-def param_shardings(mesh: Mesh, model):
+def param_shardings(mesh: Mesh | AbstractMesh, model):
     """A NamedSharding for every parameter of a model (abstract or real), in the model's tree."""
     sizes = dict(mesh.shape)
 
