@@ -1,19 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
 """The real training step, compiled by XLA for a TPU topology that need not be there.
 
-libtpu brings the compiler; nothing is run and no array is made.
+libtpu brings the compiler; nothing is run and no array is made. A process of its own compiles,
+which is ended once XLA has optimised the program, split it over the devices and laid out its
+memory: making machine code comes after that and takes minutes longer.
 """
 
-import contextlib
 import functools
 import importlib.util
 import math
+import multiprocessing
 import os
+import pathlib
 import re
-import sys
 import tempfile
 import time
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -27,9 +28,13 @@ from hubert_jax.planning.work import Work
 
 # What Google calls a machine with so many TensorCores (v4, v5p) or chips (v5e, v6e).
 MACHINES = {"v4": ("v4", 2), "v5e": ("v5litepod", 1), "v5p": ("v5p", 2), "v6e": ("v6e", 1)}
+# What XLA writes to its dump, in this order.
+PROGRAM, MEMORY = "after_optimizations.txt", "after_optimizations-memory-usage-report.txt"
+LAST = "after_optimizations_after_buffer_assignment.txt"
+HBM = re.compile(r"Memory Space: default.*\nTotal bytes: (\d+)")
 TOO_MUCH = re.compile(r"Used ([\d.]+)([KMGT]) of ([\d.]+)([KMGT]) hbm")
-FORCED = "nvoluntary full rematerialization"  # of the partitioner: an array had to be gathered
 UNITS = {"K": 2**10, "M": 2**20, "G": GIB, "T": 2**40}
+FORCED = "nvoluntary full rematerialization"  # of the partitioner: an array had to be gathered
 
 
 class Measured(NamedTuple):
@@ -46,72 +51,86 @@ class Measured(NamedTuple):
     seconds: float  # that compiling took
 
 
-def devices(topology: Topology) -> list:
-    """The devices of a TPU topology, as far as a compiler needs them.
+def measure(work: Work, topology: Topology) -> Measured:
+    """Compiles the step for these devices and reads what XLA says of it.
 
-    Raises ImportError without libtpu, ValueError where libtpu does not know the topology.
+    Raises ImportError without libtpu, RuntimeError when compiling fails for another reason than
+    memory.
     """
     if importlib.util.find_spec("libtpu") is None:
         raise ImportError(
             "compiling for TPUs takes libtpu: pip install 'hubert_jax[plan]', or --estimate"
         )
+    started = time.perf_counter()
+    state, batch, _ = arguments(work, sharding.abstract_mesh(**work.mesh))
+    parameters, optimizer = _local_bytes(state.model), _local_bytes(state.opt_state)
+    with tempfile.TemporaryDirectory() as name:
+        folder = pathlib.Path(name)
+        found, log = _compiled(work, topology, folder)
+        if found:
+            text, report = ((folder / f"{found}{part}").read_text() for part in (PROGRAM, MEMORY))
+            peak, fits = int(HBM.search(report)[1]), True  # type: ignore[index]
+        else:
+            needed = TOO_MUCH.search(log)
+            if needed is None:
+                raise RuntimeError(f"XLA could not compile the step:\n{log[-2000:]}")
+            text, peak, fits = "", int(float(needed[1]) * UNITS[needed[2]]), False
+    return Measured(
+        parameters, optimizer, _local_bytes(batch),
+        temporaries=peak - parameters - optimizer - _local_bytes(batch),
+        peak=peak,
+        fits=fits,
+        collectives=hlo.collectives(text, work.mesh) if text else [],
+        rematerializations=[line for line in log.splitlines() if FORCED in line],
+        seconds=time.perf_counter() - started,
+    )  # fmt: skip
+
+
+def _compiled(work: Work, topology: Topology, folder: pathlib.Path) -> tuple[str, str]:
+    """What the names of XLA's files of the step begin with ("": there are none), and its log."""
+    process = multiprocessing.get_context("spawn").Process(
+        target=_compile, args=(work, topology, str(folder)), daemon=True
+    )
+    process.start()
+    try:
+        found = ""
+        while not found and process.is_alive():
+            process.join(0.2)
+            found = next((f.name for f in folder.glob(f"*jit_step*{LAST}")), "")
+    finally:
+        process.kill()
+        process.join()
+    log = folder / "log"
+    return found.removesuffix(LAST), log.read_text(errors="replace") if log.exists() else ""
+
+
+def _compile(work: Work, topology: Topology, folder: str) -> None:
+    """In the process of its own: XLA's log and dump go into the folder."""
+    with open(os.path.join(folder, "log"), "wb") as log:
+        os.dup2(log.fileno(), 2)  # XLA is C++ and knows no other stderr
+    jax.config.update("jax_platforms", "cpu")
+    mesh = sharding.make_mesh(**work.mesh, devices=devices(topology))
+    with jax.set_mesh(mesh):
+        lowered = step(work).lower(*arguments(work, mesh))
+        lowered.compile({"xla_dump_to": folder, "xla_dump_hlo_as_text": True})
+
+
+def devices(topology: Topology) -> list:
+    """The devices of a TPU topology, as far as a compiler needs them."""
     name, cores = MACHINES[topology.chip.name]
-    for variable, value in {
+    os.environ |= {
         "TPU_SKIP_MDS_QUERY": "1",  # else it asks Google's metadata server what machine this is
         "TPU_WORKER_HOSTNAMES": "localhost",
         "TPU_ACCELERATOR_TYPE": f"{name}-{topology.num_devices * cores}",
         "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # no lock on chips that are not there
-        "TPU_STDERR_LOG_LEVEL": "1",  # the partitioner's warnings, which `compile` reads
+        "TPU_STDERR_LOG_LEVEL": "0",  # the partitioner's warnings, which `measure` reads
+        "TPU_MIN_LOG_LEVEL": "0",
         "TPU_LOG_DIR": "disabled",
-    }.items():
-        os.environ.setdefault(variable, value)
-    try:
-        found = topologies.get_topology_desc(platform="tpu", topology_name=topology.name).devices
-    except jax.errors.JaxRuntimeError as error:
-        raise ValueError(
-            f"--topology={topology.name}: libtpu does not know it ({str(error).splitlines()[0]});"
-            " --estimate counts by hand"
-        ) from None
-    assert len(found) == topology.num_devices, (topology, len(found))
-    return list(found)
-
-
-def measure(work: Work, devices: list) -> Measured:
-    """Compiles the step for these devices and reads what XLA says of it."""
-    started = time.perf_counter()
-    mesh = sharding.make_mesh(**work.mesh, devices=devices)
-    state, batch, key = arguments(work, mesh)
-    sizes = {
-        "parameters": _local_bytes(state.model),
-        "optimizer": _local_bytes(state.opt_state),
-        "batch": _local_bytes(batch),
     }
-    needed, memory, text = None, None, ""
-    with jax.set_mesh(mesh), _stderr() as log:
-        try:
-            program = step(work).lower(state, batch, key).compile()
-            memory, text = program.memory_analysis(), program.as_text()
-        except jax.errors.JaxRuntimeError as error:
-            needed = TOO_MUCH.search(str(error))
-            if needed is None:
-                raise
-        forced = [line for line in log().splitlines() if FORCED in line]
-    if needed:
-        peak = int(float(needed[1]) * UNITS[needed[2]])
-        temporaries = peak - sum(sizes.values())
-    else:
-        temporaries = memory.temp_size_in_bytes
-        peak = temporaries + memory.argument_size_in_bytes
-        peak += memory.output_size_in_bytes - memory.alias_size_in_bytes
-    return Measured(
-        **sizes,
-        temporaries=temporaries,
-        peak=peak,
-        fits=not needed,
-        collectives=hlo.collectives(text, dict(mesh.shape)) if text else [],
-        rematerializations=forced,
-        seconds=time.perf_counter() - started,
-    )
+    found = topologies.get_topology_desc(platform="tpu", topology_name=topology.name).devices
+    if len(found) != topology.num_devices:
+        raise ValueError(f"{topology.name} has {len(found)} devices for libtpu")
+    return list(found)
 
 
 def step(work: Work):
@@ -121,7 +140,9 @@ def step(work: Work):
     return train.make_step(loss, optimizer, accumulate=work.accumulate)
 
 
-def arguments(work: Work, mesh: jax.sharding.Mesh) -> tuple[train.State, dict[str, Any], Any]:
+def arguments(
+    work: Work, mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh
+) -> tuple[train.State, dict[str, Any], Any]:
     """State, batch and key of a step, without arrays, placed as hubert pretrain places them."""
     model = heads.abstract(work.model, work.head, work.num_codes)
     shardings = sharding.param_shardings(mesh, model)
@@ -160,22 +181,3 @@ def _local_bytes(tree) -> int:
     return sum(
         x.dtype.itemsize * math.prod(x.sharding.shard_shape(x.shape)) for x in jax.tree.leaves(tree)
     )
-
-
-@contextlib.contextmanager
-def _stderr() -> Iterator[Any]:
-    """What is written to file descriptor 2 meanwhile, by C++ too: a function that reads it."""
-    with tempfile.TemporaryFile() as file:
-        sys.stderr.flush()
-        kept = os.dup(2)
-        os.dup2(file.fileno(), 2)
-
-        def read() -> str:
-            size = os.fstat(file.fileno()).st_size
-            return os.pread(file.fileno(), size, 0).decode(errors="replace")
-
-        try:
-            yield read
-        finally:
-            os.dup2(kept, 2)
-            os.close(kept)

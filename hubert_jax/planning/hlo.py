@@ -32,6 +32,11 @@ CALLED = re.compile(
 )
 TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
 IOTA_GROUPS = re.compile(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?")
+MESH_GROUPS = re.compile(
+    r"replica_groups=mesh\[([^\]]*)\]"
+    r"(?:, device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))? \{([^}]*)\}"
+)
+MESH_AXIS = re.compile(r"'(\w+)'(?::\((\d+)\)(\d+)|=(\d+))?")
 LISTED_GROUPS = re.compile(r"replica_groups=\{(\{[\d,]+\}(?:,\{[\d,]+\})*)\}")
 PAIRS = re.compile(r"source_target_pairs=\{(\{[\d,]+\}(?:,\{[\d,]+\})*)\}")
 
@@ -161,11 +166,11 @@ def _groups(line: str, mesh_shape: Mapping[str, int]) -> tuple[tuple[str, ...], 
     """The mesh axes that a collective's groups span, and the size of a group."""
     num_devices = math.prod(mesh_shape.values())
     iota, listed, pairs = IOTA_GROUPS.search(line), LISTED_GROUPS.search(line), PAIRS.search(line)
+    named = MESH_GROUPS.search(line)
     if iota:
-        ids = np.arange(num_devices).reshape(_numbers(iota[2]))
-        if iota[3]:
-            ids = ids.transpose(_numbers(iota[3]))
-        groups = ids.reshape(_numbers(iota[1])).tolist()
+        groups = _iota(num_devices, iota[2], iota[3]).reshape(_numbers(iota[1])).tolist()
+    elif named:
+        groups = _named_groups(num_devices, *named.groups())
     elif listed or pairs:
         text = (listed or pairs)[1]  # type: ignore[index]
         groups = [_numbers(group) for group in text.strip("{}").split("},{")]
@@ -180,6 +185,33 @@ def _groups(line: str, mesh_shape: Mapping[str, int]) -> tuple[tuple[str, ...], 
         varying |= (places != places[:, :1]).any(axis=1)
     axes = tuple(axis for axis, varies in zip(mesh_shape, varying, strict=True) if varies)
     return axes, 2 if pairs else len(groups[0])
+
+
+def _iota(num_devices: int, shape: str, order: str | None) -> np.ndarray:
+    ids = np.arange(num_devices).reshape(_numbers(shape))
+    return ids.transpose(_numbers(order)) if order else ids
+
+
+def _named_groups(num_devices: int, mesh: str, shape: str | None, order: str | None, over: str):
+    """Of mesh['a'=2,'b'=4], device_ids=([4,2]T(1,0)) {'a','b':(2)2}.
+
+    That is over a, and over the part of b that has 2 entries after the first 2.
+    """
+    axes = {name: int(size) for name, _, _, size in MESH_AXIS.findall(mesh)}
+    ids = _iota(num_devices, shape or str(num_devices), order)
+    parts: dict[str, tuple[int, int]] = {}
+    for name, before, size, _ in MESH_AXIS.findall(over):
+        parts[name] = (int(before), int(size)) if size else (1, axes[name])
+    dims, grouped = [], []
+    for name, size in axes.items():
+        before, part = parts.get(name, (1, 1))
+        dims += [before, part, size // before // part]
+        grouped += [False, name in parts, False]
+    ids = ids.reshape(dims)
+    kept = [place for place, inside in enumerate(grouped) if not inside]
+    inside = [place for place, inside in enumerate(grouped) if inside]
+    group_size = math.prod(dims[place] for place in inside)
+    return ids.transpose(kept + inside).reshape(-1, group_size).tolist()
 
 
 def _numbers(text: str) -> list[int]:

@@ -60,7 +60,6 @@ def main(argv: Sequence[str]) -> None:
     mesh = sharding.mesh_sizes(**asked, num_devices=topology.num_devices)
     counted = args.estimate or not topology.chip.is_tpu
     jax.config.update("jax_platforms", "cpu")  # what is planned for is not here
-    devices = None if counted else compiled.devices(topology)
 
     works = [(rung, work(config, mesh, rung)) for rung in ladder(config, mesh, args)]
     rows: dict[str, list[tuple]] = {"memory": [], "time": [], "sent": []}
@@ -68,9 +67,9 @@ def main(argv: Sequence[str]) -> None:
     for _, one in works:
         expected = estimate.estimate(one, topology)
         measured = None
-        if devices is not None:
+        if not counted:
             logs.info(f"compiling {_length(one)} for {topology.name} ...")
-            measured = compiled.measure(one, devices)
+            measured = compiled.measure(one, topology)
             logs.info(f"compiled in {measured.seconds:.0f} s")
             warnings += measured.rematerializations
         rows["memory"].append(memory_row(one, expected, measured, topology))
@@ -226,7 +225,7 @@ def sent_rows(one: Work, expected: Estimate, measured: compiled.Measured | None)
 def schedule(works: list[tuple[Rung, Work]], topology: Topology) -> str:
     """Hours of the whole schedule, from the estimates of every length and their shares."""
     shortest = longest = 0.0
-    for _, one in works:
+    for rung, one in works:
         expected = estimate.estimate(one, topology)
         shortest += rung.share * expected.shortest * one.num_steps / 3600
         longest += rung.share * expected.longest * one.num_steps / 3600
