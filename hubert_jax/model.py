@@ -294,7 +294,8 @@ class PositionConv(nnx.Module):
 
     def __call__(self, x_BTD):
         batch, num_frames, width = x_BTD.shape
-        kernel = self.weight().astype(x_BTD.dtype)
+        # Gathered before it is copied: the band is 8 times as large.
+        kernel = constrain(self.weight().astype(x_BTD.dtype), "frames", "conv_in", "residual")
         taps, group_width, _ = kernel.shape
         groups, block = self.groups, self.BLOCK
 
