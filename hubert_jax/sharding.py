@@ -71,6 +71,20 @@ def constrain(x: jax.Array, *axes: str) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, _spec(x.shape, axes, dict(mesh.shape)))
 
 
+def on_own_rows(function: Callable[..., jax.Array], x: jax.Array, *whole: jax.Array) -> jax.Array:
+    """`function(x, *whole)`, computed by every device for its own rows of x and all of the others.
+
+    The gradient of the others is summed over the devices where it leaves function. Left to itself,
+    XLA sums right after the product over rows, whatever that product is expanded from.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1 or x.shape[0] % batch_ways(mesh):
+        return function(x, *whole)
+    rows = P(("data", "fsdp"))
+    specs = (rows, *(P() for _ in whole))
+    return jax.shard_map(function, in_specs=specs, out_specs=rows)(x, *whole)
+
+
 def param_shardings(mesh: Mesh | AbstractMesh, model):
     """A NamedSharding for every parameter of a model (abstract or real), in the model's tree."""
     sizes = dict(mesh.shape)
@@ -118,7 +132,7 @@ def place(array: np.ndarray, sharding: jax.sharding.Sharding) -> jax.Array:
     return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
 
 
-def batch_ways(mesh: Mesh) -> int:
+def batch_ways(mesh: Mesh | AbstractMesh) -> int:
     """How many parts the rows of a batch are split into."""
     return mesh.shape["data"] * mesh.shape["fsdp"]
 

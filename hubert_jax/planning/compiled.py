@@ -110,8 +110,9 @@ def _compile(work: Work, topology: Topology, folder: str) -> None:
         os.dup2(log.fileno(), 2)  # XLA is C++ and knows no other stderr
     jax.config.update("jax_platforms", "cpu")
     mesh = sharding.make_mesh(**work.mesh, devices=devices(topology))
+    made = arguments(work, mesh)
     with jax.set_mesh(mesh):
-        lowered = step(work).lower(*arguments(work, mesh))
+        lowered = step(work).lower(*made)
         lowered.compile({"xla_dump_to": folder, "xla_dump_hlo_as_text": True})
 
 

@@ -4,8 +4,9 @@
 The models behind the figures stand in docs/SCALING.md, with what the compiler says beside them.
 """
 
+import dataclasses
+import functools
 import math
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import jax
@@ -103,15 +104,18 @@ def memory(work: Work) -> Memory:
     return Memory(parameters, 2 * parameters, gradients, _kept(work))
 
 
-def _parameters(work: Work) -> Iterator[tuple[int, int]]:
+def _parameters(work: Work) -> list[tuple[int, int]]:
     """Elements of every parameter array: all, and those that one device holds."""
-    model = heads.abstract(work.model, work.head, work.num_codes)
-    mesh = sharding.abstract_mesh(**work.mesh)
-    leaves = jax.tree.leaves(model)
-    for leaf, where in zip(
-        leaves, jax.tree.leaves(sharding.param_shardings(mesh, model)), strict=True
-    ):
-        yield leaf.size, math.prod(where.shard_shape(leaf.shape))
+    model = dataclasses.replace(work.model, remat="none")  # which changes no parameter
+    return _counted(model, work.head, work.num_codes, tuple(work.mesh.items()))
+
+
+@functools.cache
+def _counted(model, head, num_codes, mesh_items) -> list[tuple[int, int]]:
+    made = heads.abstract(model, head, num_codes)
+    shardings = sharding.param_shardings(sharding.abstract_mesh(**dict(mesh_items)), made)
+    pairs = zip(jax.tree.leaves(made), jax.tree.leaves(shardings), strict=True)
+    return [(leaf.size, math.prod(where.shard_shape(leaf.shape))) for leaf, where in pairs]
 
 
 def _kept(work: Work) -> float:
@@ -155,11 +159,12 @@ def _recomputed(model: HubertConfig, num_samples: int) -> float:
 def predicted(work: Work) -> dict[tuple[str, str], float]:
     """Bytes that a device sends in one step, by kind of collective and axes of the mesh.
 
-    A parameter that lies split over fsdp is gathered in bfloat16 for the forward and again for the
-    backward pass; its gradient is summed and split (reduce-scatter), then summed over data. One
+    All in the type of the computation, which comes before the cast on the way back. A parameter
+    that lies split over fsdp is gathered for the forward and again for the backward pass; its gradient is summed and split (reduce-scatter), then summed over data. One
     that lies whole has its gradient summed over both. With tensor, each layer sums its output
     twice in either direction. Everything happens once for every part of the batch.
     """
+    item = work.model.dtype.itemsize
     data, fsdp, tensor = (work.mesh[axis] for axis in sharding.MESH_AXES)
     sent: dict[tuple[str, str], float] = {}
 
@@ -170,14 +175,14 @@ def predicted(work: Work) -> dict[tuple[str, str], float]:
     for size, local in _parameters(work):
         if fsdp > 1 and size // local >= fsdp:
             gathered = local * fsdp
-            add("all-gather", "fsdp", 2 * 2 * gathered * (fsdp - 1) / fsdp)
-            add("reduce-scatter", "fsdp", 4 * gathered * (fsdp - 1) / fsdp)
-            add("all-reduce", "data", 2 * 4 * local * (data - 1) / data)
+            add("all-gather", "fsdp", 2 * item * gathered * (fsdp - 1) / fsdp)
+            add("reduce-scatter", "fsdp", item * gathered * (fsdp - 1) / fsdp)
+            add("all-reduce", "data", 2 * item * local * (data - 1) / data)
         else:
             ways = data * fsdp
             axis = "+".join(name for name in ("data", "fsdp") if work.mesh[name] > 1)
-            add("all-reduce", axis, 2 * 4 * local * (ways - 1) / ways)
-    residual = 2 * work.rows_per_device * work.num_frames * work.model.width
+            add("all-reduce", axis, 2 * item * local * (ways - 1) / ways)
+    residual = item * work.rows_per_device * work.num_frames * work.model.width
     sums = 4 * work.model.num_layers * residual
     add("all-reduce", "tensor", 2 * sums * (tensor - 1) / tensor)
     return sent

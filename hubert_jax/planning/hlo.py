@@ -31,6 +31,8 @@ CALLED = re.compile(
     r"(\{[^}]*\}|%?[\w.\-]+)"
 )
 TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
+LIMIT = re.compile(r"s32\[\]\S* constant\((\d+)\)")
+CHANNEL = re.compile(r"channel_id=(\d+)")
 IOTA_GROUPS = re.compile(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?")
 MESH_GROUPS = re.compile(
     r"replica_groups=mesh\[([^\]]*)\]"
@@ -66,14 +68,20 @@ def collectives(text: str, mesh_shape: Mapping[str, int]) -> list[Collective]:
     Raises ValueError for replica groups in a form that is not known here.
     """
     bodies, entry = _computations(text)
-    found: list[Collective] = []
+    found: dict[str, Collective] = {}  # by channel: one that is asynchronous stands in two places
     for name, times in _executions(bodies, entry).items():
-        for line in bodies[name]:
+        for place, line in enumerate(bodies[name]):
             opcode, result = _opcode(line)
             kind = opcode.removesuffix("-start")
             if kind in KINDS:
-                found.append(_collective(kind, opcode, result, line, mesh_shape, times))
-    return [one for one in found if one.group_size > 1]
+                one = _collective(kind, opcode, result, line, mesh_shape, times)
+                if name.startswith("all-reduce-scatter"):  # XLA's name for what TPUs do at once
+                    one = one._replace(
+                        kind="reduce-scatter", result_bytes=one.result_bytes // one.group_size
+                    )
+                channel = CHANNEL.search(line)
+                found[channel[1] if channel else f"{name} {place}"] = one
+    return [one for one in found.values() if one.group_size > 1]
 
 
 def _computations(text: str) -> tuple[dict[str, list[str]], str]:
@@ -106,14 +114,29 @@ def _executions(bodies: dict[str, list[str]], entry: str) -> dict[str, int]:
             opcode, _ = _opcode(line)
             if opcode.endswith(("-update", "-done")):  # of what its -start has called
                 continue
-            trips = TRIPS.search(line)
-            turns = int(trips[1]) if opcode == "while" and trips else 1
+            turns = _turns(line, bodies) if opcode == "while" else 1
             for callee in _callees(line):
                 if callee in bodies:
                     visit(callee, count * turns)
 
     visit(entry, 1)
     return times
+
+
+def _turns(line: str, bodies: dict[str, list[str]]) -> int:
+    """How often a loop turns: as XLA says, or the one constant that its condition compares with.
+
+    Raises ValueError where it does not count up to a constant.
+    """
+    said = TRIPS.search(line)
+    if said:
+        return int(said[1])
+    condition = re.search(r"condition=%?([\w.\-]+)", line)
+    assert condition is not None, line
+    limits = {int(n) for each in bodies[condition[1]] for n in LIMIT.findall(each)} - {0}
+    if len(limits) != 1:
+        raise ValueError(f"a loop without a known number of turns: {line[:200]}")
+    return limits.pop()
 
 
 def _callees(line: str) -> Iterator[str]:
