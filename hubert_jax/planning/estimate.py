@@ -159,10 +159,11 @@ def _recomputed(model: HubertConfig, num_samples: int) -> float:
 def predicted(work: Work) -> dict[tuple[str, str], float]:
     """Bytes that a device sends in one step, by kind of collective and axes of the mesh.
 
-    All in the type of the computation, which comes before the cast on the way back. A parameter
-    that lies split over fsdp is gathered for the forward and again for the backward pass; its gradient is summed and split (reduce-scatter), then summed over data. One
-    that lies whole has its gradient summed over both. With tensor, each layer sums its output
-    twice in either direction. Everything happens once for every part of the batch.
+    All in the type of the computation, since the cast comes last on the way back. A parameter that
+    lies split over fsdp is gathered for the forward and again for the backward pass; its gradient
+    is summed and split (reduce-scatter), then summed over data. One that lies whole has its
+    gradient summed over both. With tensor, each layer sums its output twice in either direction.
+    Everything happens once for every part of the batch.
     """
     item = work.model.dtype.itemsize
     data, fsdp, tensor = (work.mesh[axis] for axis in sharding.MESH_AXES)

@@ -31,7 +31,7 @@ CALLED = re.compile(
     r"(\{[^}]*\}|%?[\w.\-]+)"
 )
 TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
-LIMIT = re.compile(r"s32\[\]\S* constant\((\d+)\)")
+LIMIT = re.compile(r"\b[su]\d+\[\]\S* constant\((\d+)\)")
 CHANNEL = re.compile(r"channel_id=(\d+)")
 IOTA_GROUPS = re.compile(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?")
 MESH_GROUPS = re.compile(
