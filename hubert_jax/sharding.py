@@ -80,9 +80,14 @@ def on_own_rows(function: Callable[..., jax.Array], x: jax.Array, *whole: jax.Ar
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1 or x.shape[0] % batch_ways(mesh):
         return function(x, *whole)
-    rows = P(("data", "fsdp"))
-    specs = (rows, *(P() for _ in whole))
-    return jax.shard_map(function, in_specs=specs, out_specs=rows)(x, *whole)
+    axes = ("data", "fsdp")
+
+    def own(x, *whole):
+        # What is cast here is summed here on the way back, not where it meets the rows.
+        return function(x, *(jax.lax.pcast(each, axes, to="varying") for each in whole))
+
+    specs = (P(axes), *(P() for _ in whole))
+    return jax.shard_map(own, in_specs=specs, out_specs=P(axes))(x, *whole)
 
 
 def param_shardings(mesh: Mesh | AbstractMesh, model):
