@@ -42,7 +42,7 @@ def test_collectives_do_not_grow_with_the_devices_beyond_a_ring():
         return sum(estimate.predicted(work(**mesh)).values())
 
     assert estimate.predicted(work()) == {}
-    one_ring = 2 * estimate.memory(work()).parameters
+    one_ring = estimate.memory(work()).parameters  # in bfloat16, there and back
     for ways in (2, 8, 64):
         assert total(data=ways) == pytest.approx(one_ring * (ways - 1) / ways)
     assert total(fsdp=8) < total(fsdp=64) < 1.2 * total(fsdp=8)
