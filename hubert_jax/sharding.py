@@ -11,7 +11,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 MESH_AXES = ("data", "fsdp", "tensor")
@@ -37,19 +37,30 @@ def make_mesh(*, data: int, fsdp: int, tensor: int, devices=None) -> Mesh:
     Raises ValueError when the sizes do not multiply to the number of devices.
     """
     devices = jax.devices() if devices is None else devices
+    sizes = mesh_sizes(data=data, fsdp=fsdp, tensor=tensor, num_devices=len(devices))
+    shape = tuple(sizes[axis] for axis in MESH_AXES)
+    return jax.make_mesh(shape, MESH_AXES, devices=devices, axis_types=(AxisType.Auto,) * 3)
+
+
+def mesh_sizes(*, data: int, fsdp: int, tensor: int, num_devices: int) -> dict[str, int]:
+    """The size of every axis, -1 replaced. Raises ValueError where `make_mesh` would."""
     sizes = {"data": data, "fsdp": fsdp, "tensor": tensor}
     free = [axis for axis, size in sizes.items() if size == -1]
     taken = math.prod(size for size in sizes.values() if size != -1)
-    if len(free) > 1 or taken < 1 or len(devices) % taken or (not free and taken != len(devices)):
-        divisors = [n for n in range(1, len(devices) + 1) if len(devices) % n == 0]
+    if len(free) > 1 or taken < 1 or num_devices % taken or (not free and taken != num_devices):
+        divisors = [n for n in range(1, num_devices + 1) if num_devices % n == 0]
         raise ValueError(
-            f"mesh {sizes} does not fit {len(devices)} devices: give sizes among {divisors} whose"
+            f"mesh {sizes} does not fit {num_devices} devices: give sizes among {divisors} whose"
             " product is the number of devices; one of them may be -1"
         )
     for axis in free:
-        sizes[axis] = len(devices) // taken
-    shape = tuple(sizes[axis] for axis in MESH_AXES)
-    return jax.make_mesh(shape, MESH_AXES, devices=devices, axis_types=(AxisType.Auto,) * 3)
+        sizes[axis] = num_devices // taken
+    return sizes
+
+
+def abstract_mesh(*, data: int, fsdp: int, tensor: int) -> AbstractMesh:
+    """A mesh of these sizes without devices, to ask how arrays would be split."""
+    return AbstractMesh((data, fsdp, tensor), MESH_AXES, axis_types=(AxisType.Auto,) * 3)
 
 
 def constrain(x: jax.Array, *axes: str) -> jax.Array:
@@ -60,7 +71,26 @@ def constrain(x: jax.Array, *axes: str) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, _spec(x.shape, axes, dict(mesh.shape)))
 
 
-def param_shardings(mesh: Mesh, model):
+def on_own_rows(function: Callable[..., jax.Array], x: jax.Array, *whole: jax.Array) -> jax.Array:
+    """`function(x, *whole)`, computed by every device for its own rows of x and all of the others.
+
+    The gradient of the others is summed over the devices where it leaves function. Left to itself,
+    XLA sums right after the product over rows, whatever that product is expanded from.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1 or x.shape[0] % batch_ways(mesh):
+        return function(x, *whole)
+    axes = ("data", "fsdp")
+
+    def own(x, *whole):
+        # What is cast here is summed here on the way back, not where it meets the rows.
+        return function(x, *(jax.lax.pcast(each, axes, to="varying") for each in whole))
+
+    specs = (P(axes), *(P() for _ in whole))
+    return jax.shard_map(own, in_specs=specs, out_specs=P(axes))(x, *whole)
+
+
+def param_shardings(mesh: Mesh | AbstractMesh, model):
     """A NamedSharding for every parameter of a model (abstract or real), in the model's tree."""
     sizes = dict(mesh.shape)
 
@@ -93,12 +123,12 @@ def _spec(shape, axes, sizes: dict[str, int]) -> P:
     return P(*(place(size, axis) for size, axis in zip(shape, axes, strict=True)))
 
 
-def batch_sharding(mesh: Mesh) -> NamedSharding:
+def batch_sharding(mesh: Mesh | AbstractMesh) -> NamedSharding:
     """Rows of a batch over the data and fsdp axes."""
     return NamedSharding(mesh, P(("data", "fsdp")))
 
 
-def replicated(mesh: Mesh) -> NamedSharding:
+def replicated(mesh: Mesh | AbstractMesh) -> NamedSharding:
     return NamedSharding(mesh, P())
 
 
@@ -107,7 +137,7 @@ def place(array: np.ndarray, sharding: jax.sharding.Sharding) -> jax.Array:
     return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
 
 
-def batch_ways(mesh: Mesh) -> int:
+def batch_ways(mesh: Mesh | AbstractMesh) -> int:
     """How many parts the rows of a batch are split into."""
     return mesh.shape["data"] * mesh.shape["fsdp"]
 

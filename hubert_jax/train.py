@@ -68,9 +68,12 @@ def make_step(loss: LossFunction, optimizer: optax.GradientTransformation, *, ac
             batch, key = batch_and_key
             return jax.tree.map(jnp.add, total, gradient_of_sum(model, batch, key, step)), None
 
-        first = gradient_of_sum(model, jax.tree.map(lambda x: x[0], parts), keys[0], step)
-        rest = jax.tree.map(lambda x: x[1:], (parts, keys))
-        return jax.lax.scan(add, first, rest)[0]
+        # All parts in the loop: one before it would be held beside those in it (docs/SCALING.md).
+        shapes = jax.eval_shape(
+            lambda: gradient_of_sum(model, jax.tree.map(lambda x: x[0], parts), keys[0], step)
+        )
+        nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+        return jax.lax.scan(add, nothing, (parts, keys))[0]
 
     def step(state: State, batch, key):
         key = jax.random.fold_in(key, state.step)

@@ -17,7 +17,7 @@ FLOORS = (
     ("sharding", "weights", "optim", "logs", "train", "config_files"),
     ("layers", "model", "heads", "pretraining", "checkpoints", "extract", "encode", "frame_files"),
     ("interchange",),
-    ("parity", "bench"),
+    ("parity", "bench", "planning"),
     ("stages",),
     ("", "cli"),  # "": the package itself
 )

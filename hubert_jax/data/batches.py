@@ -89,6 +89,10 @@ class Plan:
         """Rows of a global batch of this crop length."""
         return int(self._layout.rows_R[self.rungs.index(rung)])
 
+    def num_batches(self, rung: int) -> int:
+        """Batches of this crop length in an epoch."""
+        return int((self._layout.batch_rungs == self.rungs.index(rung)).sum())
+
     @property
     def batches_per_epoch(self) -> int:
         return len(self._layout.first_slots)

@@ -1,0 +1,184 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The real training step, compiled by XLA for a TPU topology that need not be there.
+
+libtpu brings the compiler; nothing is run and no array is made. A process of its own compiles,
+which is ended once XLA has optimised the program, split it over the devices and laid out its
+memory: making machine code comes after that and takes minutes longer.
+"""
+
+import functools
+import importlib.util
+import math
+import multiprocessing
+import os
+import pathlib
+import re
+import tempfile
+import time
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import topologies
+
+from hubert_jax import heads, optim, pretraining, sharding, train
+from hubert_jax.planning import hlo
+from hubert_jax.planning.chips import GIB, Topology
+from hubert_jax.planning.work import Work
+
+# What Google calls a machine with so many TensorCores (v4, v5p) or chips (v5e, v6e).
+MACHINES = {"v4": ("v4", 2), "v5e": ("v5litepod", 1), "v5p": ("v5p", 2), "v6e": ("v6e", 1)}
+# What XLA writes to its dump, in this order.
+PROGRAM, MEMORY = "after_optimizations.txt", "after_optimizations-memory-usage-report.txt"
+LAST = "after_optimizations_after_buffer_assignment.txt"
+HBM = re.compile(r"Memory Space: default.*\nTotal bytes: (\d+)")
+TOO_MUCH = re.compile(r"Used ([\d.]+)([KMGT]) of ([\d.]+)([KMGT]) hbm")
+UNITS = {"K": 2**10, "M": 2**20, "G": GIB, "T": 2**40}
+FORCED = "nvoluntary full rematerialization"  # of the partitioner: an array had to be gathered
+
+
+class Measured(NamedTuple):
+    """Of one device, in bytes; from XLA."""
+
+    parameters: int
+    optimizer: int
+    batch: int
+    temporaries: int
+    peak: int
+    fits: bool
+    collectives: list[hlo.Collective]
+    rematerializations: list[str]  # what the partitioner says that it could only do the hard way
+    seconds: float  # that compiling took
+
+
+def measure(work: Work, topology: Topology) -> Measured:
+    """Compiles the step for these devices and reads what XLA says of it.
+
+    Raises ImportError without libtpu, RuntimeError when compiling fails for another reason than
+    memory.
+    """
+    if importlib.util.find_spec("libtpu") is None:
+        raise ImportError(
+            "compiling for TPUs takes libtpu: pip install 'hubert_jax[plan]', or --estimate"
+        )
+    started = time.perf_counter()
+    state, batch, _ = arguments(work, sharding.abstract_mesh(**work.mesh))
+    parameters, optimizer = _local_bytes(state.model), _local_bytes(state.opt_state)
+    with tempfile.TemporaryDirectory() as name:
+        folder = pathlib.Path(name)
+        found, log = _compiled(work, topology, folder)
+        if found:
+            text, report = ((folder / f"{found}{part}").read_text() for part in (PROGRAM, MEMORY))
+            peak, fits = int(HBM.search(report)[1]), True  # type: ignore[index]
+        else:
+            needed = TOO_MUCH.search(log)
+            if needed is None:
+                raise RuntimeError(f"XLA could not compile the step:\n{log[-2000:]}")
+            text, peak, fits = "", int(float(needed[1]) * UNITS[needed[2]]), False
+    return Measured(
+        parameters, optimizer, _local_bytes(batch),
+        temporaries=peak - parameters - optimizer - _local_bytes(batch),
+        peak=peak,
+        fits=fits,
+        collectives=hlo.collectives(text, work.mesh) if text else [],
+        rematerializations=[line for line in log.splitlines() if FORCED in line],
+        seconds=time.perf_counter() - started,
+    )  # fmt: skip
+
+
+def _compiled(work: Work, topology: Topology, folder: pathlib.Path) -> tuple[str, str]:
+    """What the names of XLA's files of the step begin with ("": there are none), and its log."""
+    process = multiprocessing.get_context("spawn").Process(
+        target=_compile, args=(work, topology, str(folder)), daemon=True
+    )
+    process.start()
+    try:
+        found = ""
+        while not found and process.is_alive():
+            process.join(0.2)
+            found = next((f.name for f in folder.glob(f"*jit_step*{LAST}")), "")
+    finally:
+        process.kill()
+        process.join()
+    log = folder / "log"
+    return found.removesuffix(LAST), log.read_text(errors="replace") if log.exists() else ""
+
+
+def _compile(work: Work, topology: Topology, folder: str) -> None:
+    """In the process of its own: XLA's log and dump go into the folder."""
+    with open(os.path.join(folder, "log"), "wb") as log:
+        os.dup2(log.fileno(), 2)  # XLA is C++ and knows no other stderr
+    jax.config.update("jax_platforms", "cpu")
+    mesh = sharding.make_mesh(**work.mesh, devices=devices(topology))
+    made = arguments(work, mesh)
+    with jax.set_mesh(mesh):
+        lowered = step(work).lower(*made)
+        lowered.compile({"xla_dump_to": folder, "xla_dump_hlo_as_text": True})
+
+
+def devices(topology: Topology) -> list:
+    """The devices of a TPU topology, as far as a compiler needs them."""
+    name, cores = MACHINES[topology.chip.name]
+    os.environ |= {
+        "TPU_SKIP_MDS_QUERY": "1",  # else it asks Google's metadata server what machine this is
+        "TPU_WORKER_HOSTNAMES": "localhost",
+        "TPU_ACCELERATOR_TYPE": f"{name}-{topology.num_devices * cores}",
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # no lock on chips that are not there
+        "TPU_STDERR_LOG_LEVEL": "0",  # the partitioner's warnings, which `measure` reads
+        "TPU_MIN_LOG_LEVEL": "0",
+        "TPU_LOG_DIR": "disabled",
+    }
+    found = topologies.get_topology_desc(platform="tpu", topology_name=topology.name).devices
+    if len(found) != topology.num_devices:
+        raise ValueError(f"{topology.name} has {len(found)} devices for libtpu")
+    return list(found)
+
+
+def step(work: Work):
+    """The compiled step of hubert pretrain."""
+    loss = functools.partial(pretraining.loss, config=work.loss, num_steps=work.num_steps)
+    optimizer = optim.adamw(work.optim, num_steps=work.num_steps)
+    return train.make_step(loss, optimizer, accumulate=work.accumulate)
+
+
+def arguments(
+    work: Work, mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh
+) -> tuple[train.State, dict[str, Any], Any]:
+    """State, batch and key of a step, without arrays, placed as hubert pretrain places them."""
+    model = heads.abstract(work.model, work.head, work.num_codes)
+    shardings = sharding.param_shardings(mesh, model)
+    whole, rows = sharding.replicated(mesh), sharding.batch_sharding(mesh)
+    state = jax.eval_shape(
+        lambda model: train.init_state(model, optim.adamw(work.optim, num_steps=work.num_steps)),
+        model,
+    )
+    adam = state.opt_state[1]
+    placed = jax.tree.map(lambda x: _placed(x, whole), state)
+    placed_adam = placed.opt_state[1]._replace(
+        mu=jax.tree.map(_placed, adam.mu, shardings), nu=jax.tree.map(_placed, adam.nu, shardings)
+    )
+    state = placed._replace(
+        model=jax.tree.map(_placed, state.model, shardings),
+        opt_state=(placed.opt_state[0], placed_adam, *placed.opt_state[2:]),
+    )
+    shapes = {
+        "audio": ((work.rows, work.num_samples), jnp.float32),
+        "labels": ((work.rows, work.num_frames, len(work.num_codes)), jnp.int32),
+        "weights": ((work.rows,), jnp.float32),
+    }
+    batch = {
+        name: jax.ShapeDtypeStruct(shape, dtype, sharding=rows)
+        for name, (shape, dtype) in shapes.items()
+    }
+    return state, batch, _placed(jax.eval_shape(lambda: jax.random.key(0)), whole)
+
+
+def _placed(x, where) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
+
+
+def _local_bytes(tree) -> int:
+    """Of one device's parts of abstract arrays."""
+    return sum(
+        x.dtype.itemsize * math.prod(x.sharding.shard_shape(x.shape)) for x in jax.tree.leaves(tree)
+    )
