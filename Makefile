@@ -16,7 +16,7 @@ demo: $(VENV)/installed
 
 test: $(VENV)/installed
 	@echo 'without tests/parity, which needs torch and transformers (.ci/run installs them)'
-	$(BIN)/python -m pytest -n 2 --dist loadfile --ignore=tests/parity
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m 'not several_processes' --ignore=tests/parity
 
 lint: $(VENV)/installed
 	$(BIN)/ruff format --check .

@@ -16,10 +16,19 @@ from typing import Self
 import tqdm
 
 SECONDS_BETWEEN_LINES = 10.0
+_is_silent = False  # this process, of several that do the same
+
+
+def silence() -> None:
+    """No more lines and bars from this process: another one of the run says the same."""
+    global _is_silent
+    _is_silent = True
 
 
 def info(message: str) -> None:
     """Prints `message` on stdout, above any bar; without a terminal, after the time of day."""
+    if _is_silent:
+        return
     if not sys.stdout.isatty():
         message = f"{time.strftime('%H:%M:%S')} {message}"
     tqdm.tqdm.write(message, file=sys.stdout)
@@ -47,7 +56,7 @@ class Progress:
 
     def __enter__(self) -> Self:
         self._start = self._last_line = time.monotonic()
-        if sys.stderr.isatty():
+        if sys.stderr.isatty() and not _is_silent:
             share = "" if self.total is None else "{percentage:3.0f}%|{bar}| "
             total = "" if self.total is None else "/{total:.0f}"
             left = "" if self.total is None else "<{remaining}"
@@ -126,6 +135,11 @@ def clock(seconds: float) -> str:
     return f"{minutes}:{whole_seconds:02d}"
 
 
+def metrics(folder, *, resume_from: int, is_kept: bool) -> "Metrics":
+    """The metrics of a run; of several processes only one keeps them, in the others they vanish."""
+    return Metrics(folder, resume_from=resume_from) if is_kept else _NoMetrics()
+
+
 class Metrics:
     """The numbers of a training run: one line of metrics.jsonl per write, and TensorBoard events.
 
@@ -162,6 +176,17 @@ class Metrics:
 
     def __exit__(self, *error) -> None:
         self.close()
+
+
+class _NoMetrics(Metrics):
+    def __init__(self) -> None:
+        pass
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
 
 
 def read_metrics(path) -> list[dict[str, float]]:
