@@ -77,8 +77,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     except Exception:
         from hubert_jax import processes
 
-        traceback.print_exc()
         print(f"hubert {stage}: failed{processes.name()}. To go on:\n  {go_on}", file=sys.stderr)
+        if processes.this()[1] == 1:
+            raise
+        traceback.print_exc()
         processes.leave(1)
 
 

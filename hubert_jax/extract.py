@@ -283,7 +283,9 @@ def write_store(
         def produce(places: np.ndarray) -> arrays.Rows:
             nonlocal progress
             if progress is None and len(places):
-                bar = logs.Progress(title, seconds[-1] / min(process[1], shards), done=seconds[places[0]])
+                bar = logs.Progress(
+                    title, seconds[-1] / min(process[1], shards), done=seconds[places[0]]
+                )
                 progress = stack.enter_context(bar)
             place_of = dict(zip(positions[places].tolist(), places.tolist(), strict=True))
             for position, rows in extractor.stream(split, positions[places], finish):

@@ -8,14 +8,19 @@ says the same.
 import json
 import pathlib
 import sys
+import tempfile
 import time
 import types
 from collections.abc import Mapping, Sequence
 from typing import Self
 
 import tqdm
+from etils import epath
+
+from hubert_jax.data import places
 
 SECONDS_BETWEEN_LINES = 10.0
+SECONDS_BETWEEN_UPLOADS = 60.0  # of metrics in a bucket
 _is_silent = False  # this process, of several that do the same
 
 
@@ -148,8 +153,12 @@ class Metrics:
     """
 
     def __init__(self, folder, *, resume_from: int):
-        self.path = pathlib.Path(folder) / "metrics.jsonl"
+        self._bucket = None if places.is_local(folder) else epath.Path(folder)
+        self._scratch = tempfile.TemporaryDirectory(prefix="hubert_jax-")
+        self.path = pathlib.Path(self._scratch.name if self._bucket else folder) / "metrics.jsonl"
         self.path.parent.mkdir(parents=True, exist_ok=True)
+        if self._bucket and (self._bucket / self.path.name).exists():
+            self.path.write_bytes((self._bucket / self.path.name).read_bytes())
         if self.path.exists():
             _drop_lines_after(self.path, resume_from)
         self._lines = self.path.open("a", encoding="utf-8")
@@ -158,6 +167,7 @@ class Metrics:
         self._events = tensorboardX.SummaryWriter(
             str(self.path.parent), purge_step=resume_from + 1, flush_secs=30
         )
+        self._last_upload = time.monotonic()
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Records `values` after `step` steps. Names with a slash group the plots: 'train/loss'."""
@@ -166,10 +176,20 @@ class Metrics:
         self._lines.flush()
         for name, value in floats.items():
             self._events.add_scalar(name, value, global_step=int(step))
+        if time.monotonic() - self._last_upload > SECONDS_BETWEEN_UPLOADS:
+            self._upload()
 
     def close(self) -> None:
         self._lines.close()
         self._events.close()
+        self._upload()
+        self._scratch.cleanup()
+
+    def _upload(self) -> None:
+        """Nothing can be appended to a file in a bucket: all of it is written again."""
+        self._last_upload = time.monotonic()
+        if self._bucket:
+            places.upload(self.path.parent, self._bucket)
 
     def __enter__(self) -> Self:
         return self
@@ -191,7 +211,7 @@ class _NoMetrics(Metrics):
 
 def read_metrics(path) -> list[dict[str, float]]:
     """The lines of a metrics.jsonl, without a last one that a kill has cut short."""
-    lines = pathlib.Path(path).read_text(encoding="utf-8").splitlines(keepends=True)
+    lines = epath.Path(path).read_text(encoding="utf-8").splitlines(keepends=True)
     return [json.loads(line) for line in lines if line.endswith("\n")]
 
 

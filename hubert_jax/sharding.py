@@ -70,8 +70,8 @@ def make_mesh(*, data: int, fsdp: int, tensor: int, devices=None) -> Mesh:
 def islands(devices: Sequence[Any]) -> tuple[int, str]:
     """How many groups of devices with a fast network inside, and the attribute that tells them.
 
-    jax numbers slices of TPUs and, on GPUs, hosts (or what NVLink joins); elsewhere it is processes.
-    One group where they are not equally large.
+    jax numbers slices of TPUs and, on GPUs, hosts (or what NVLink joins); elsewhere
+    it is processes. One group where they are not equally large.
     """
     attribute = "slice_index" if hasattr(devices[0], "slice_index") else "process_index"
     sizes = collections.Counter(getattr(device, attribute) for device in devices)

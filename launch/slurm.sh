@@ -20,12 +20,15 @@ requeue() { # SLURM ends this script on the way
 # USR1 comes 180 s before the limit and, where SLURM is told so (send_user_signal), at preemption.
 # The tasks hear TERM and save after the step they are at; what does not save (features, labels) is
 # whole shard by shard and needs no more than to be started again. A preemption signals tasks itself.
-is_asked=no
-# shellcheck disable=SC2317 # called by the traps
+is_asked=no timer=
+# shellcheck disable=SC2317,SC2329 # called by the traps
 on_signal() {
   is_asked=yes
   if [[ $1 == USR1 ]]; then scancel --signal=TERM "$SLURM_JOB_ID"; fi
-  (sleep 120 && requeue) &
+  if [[ ! $timer ]]; then
+    (sleep 120 >/dev/null 2>&1 && requeue) &
+    timer=$!
+  fi
 }
 trap 'on_signal USR1' USR1
 trap 'on_signal TERM' TERM
@@ -38,6 +41,7 @@ while true; do
   kill -0 "$step" 2>/dev/null || break # a signal cuts `wait` short
 done
 echo "slurm.sh: hubert ended with code $code"
+if [[ $timer ]]; then kill "$timer" 2>/dev/null || true; fi
 # 130: it saved and stopped, as it was told to; 143: it was stopped where there is nothing to save.
 if ((code == 130 || code == 143)) || [[ $is_asked == yes && $code -ne 0 ]]; then
   requeue

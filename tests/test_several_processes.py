@@ -30,6 +30,7 @@ extract.MIN_SHARD_SECONDS = 2.0
 cli.main()' "$@"
 """
 NUM_STEPS = 20
+QUICK_COMPILATION = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 FLAGS = [
     *SIZES, "corpus.num_shards=4", "features.num_shards=4", "labels.num_shards=4",
     f"train.num_steps={NUM_STEPS}", "train.report_every=1", "train.validate_every=20",
@@ -57,7 +58,7 @@ def launch(tmp_path_factory):
             "PATH": f"{hubert.parent}:{os.environ['PATH']}",
             "PYTHONPATH": str(DEMO.parents[1]),
             "PORT": str(random.randrange(20_000, 30_000)),
-            "XLA_FLAGS": "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true",
+            "XLA_FLAGS": QUICK_COMPILATION,
         }
         stage, _, iteration = stage.partition(":")
         config = f"{DEMO}:{iteration}" if iteration else str(DEMO)
@@ -171,7 +172,7 @@ def test_the_layout_of_eight_devices_changes_no_loss(launch, alone, tmp_path, me
     [(2, 4, "2 x 2 x 2"), (4, 2, "2 x 2 x 2"), (4, 2, "fsdp 8")],
 )
 def test_layouts_over_processes_change_no_loss(launch, alone, tmp_path, processes, devices, mesh):
-    """In the second one an axis of the model goes through two processes, in the third through four."""
+    """Twice an axis of the model goes through several processes: through two, and through four."""
     workdir = copied(alone, tmp_path / "work", "it1/checkpoints", "it1/logs", "it2")
     sizes = [f"mesh.{axis}={size}" for axis, size in MESHES[mesh].items()]
     launch(processes, devices, "pretrain:it1", workdir, *sizes)

@@ -155,7 +155,12 @@ class Split(Protocol):
 
 
 def load(
-    split: Split, labels: Sequence[arrays.Store], batch: Batch, rows: np.ndarray | slice, *, normalize: bool
+    split: Split,
+    labels: Sequence[arrays.Store],
+    batch: Batch,
+    rows: np.ndarray | slice,
+    *,
+    normalize: bool,
 ) -> dict[str, np.ndarray]:
     """`rows` of a batch: audio float32 (B, S), labels int32 (B, T, G), weights float32 B.
 
