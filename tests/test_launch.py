@@ -6,6 +6,7 @@ import pathlib
 import re
 import subprocess
 
+import kubernetes_validate
 import pytest
 import yaml
 
@@ -170,3 +171,14 @@ def test_manifests_are_job_sets_whose_hosts_are_counted_once(path):
         first = f"{job_set['metadata']['name']}-{group['name']}-0-0.{job_set['metadata']['name']}"
         assert told["JAX_NUM_PROCESSES"] == str(job["parallelism"])
         assert told["JAX_COORDINATOR_ADDRESS"].startswith(f"{first}:")
+
+
+@pytest.mark.parametrize("path", MANIFESTS, ids=lambda path: path.name)
+def test_the_jobs_of_a_set_keep_to_the_schema_of_kubernetes(path):
+    template = yaml.safe_load(path.read_text())["spec"]["replicatedJobs"][0]["template"]
+    job = {"apiVersion": "batch/v1", "kind": "Job", "metadata": {"name": "hubert"}, **template}
+    version = kubernetes_validate.latest_version()
+    kubernetes_validate.validate(job, version, strict=True)
+    job["spec"]["template"]["spec"]["nodeSelecter"] = {}
+    with pytest.raises(kubernetes_validate.ValidationError, match="nodeSelecter"):
+        kubernetes_validate.validate(job, version, strict=True)

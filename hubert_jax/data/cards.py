@@ -109,15 +109,16 @@ def whole(path: epath.PathLike) -> Iterator[epath.Path]:
     path = epath.Path(path)
     is_local = places.is_local(path)
     unfinished = _beside(path) if is_local else _elsewhere(path)
+    leftover = unfinished if is_local else unfinished.parent
     try:
         yield unfinished
         if is_local:
             unfinished.replace(path)
         else:
             places.upload(unfinished, path)
-            _remove(unfinished)
+            _remove(leftover)
     except OSError as error:
-        _remove(unfinished)
+        _remove(leftover)
         if error.errno == errno.ENOSPC:
             raise OSError(
                 errno.ENOSPC,
@@ -126,7 +127,7 @@ def whole(path: epath.PathLike) -> Iterator[epath.Path]:
             ) from error
         raise
     except BaseException:
-        _remove(unfinished)
+        _remove(leftover)
         raise
 
 
