@@ -116,7 +116,7 @@ SLURM = {
 trap 'exit 130' TERM
 echo $$ > "$FOLDER/step"
 [[ ${SIGNAL:-} ]] && kill -"$SIGNAL" "$PPID"
-for _ in {1..50}; do sleep 0.1; done
+for ((n = 0; n < TENTHS; n++)); do sleep 0.1; done
 exit "${CODE:-0}" """,
     "scancel": 'kill -TERM "$(cat "$FOLDER/step")"',
     "scontrol": 'kill -KILL "$PPID"',  # SLURM ends the script with the job
@@ -131,6 +131,7 @@ def test_slurm_puts_a_job_back_that_was_stopped_and_no_other(
     run, tmp_path, signal, code, is_requeued
 ):
     variables = {"SIGNAL": signal, "CODE": code, "FOLDER": str(tmp_path), "SLURM_JOB_ID": "7"}
+    variables["TENTHS"] = "100" if signal else "1"
     ended, _, calls = run(SLURM, "slurm.sh", "run", "--workdir=a b", **variables)
     assert calls[0] == "srun --kill-on-bad-exit=1 hubert run --workdir=a b"
     assert ("scontrol requeue 7" in calls) == is_requeued

@@ -137,7 +137,7 @@ def compare(workdir: pathlib.Path, alone: pathlib.Path) -> float:
 
 def test_two_processes_make_what_one_makes(launch, tmp_path, monkeypatch):
     """The share of each is a real one: two and more shards of everything."""
-    quick = ("iterations=('it1',)", f"train.num_steps={NUM_QUICK_STEPS}", "mesh.tensor=1")
+    quick = ("iterations=('it1',)", f"train.num_steps={NUM_QUICK_STEPS}")
     workdir = launch(2, 2, "run", tmp_path / "work", *quick)
     for store in ("features", "labels/train", "labels/validation"):
         assert arrays.Store(epath.Path(workdir / "it1" / store)).num_shards >= 2, store
