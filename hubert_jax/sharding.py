@@ -139,10 +139,10 @@ def batch_ways(mesh: Mesh) -> int:
 
 
 class Parts(NamedTuple):
-    """The parts of a batch that a process holds, of `count` equal runs of its rows."""
+    """The parts of a batch that a process holds, of `num_parts` equal runs of its rows."""
 
     held: tuple[int, ...]
-    count: int
+    num_parts: int
 
 
 def batch_parts(mesh: Mesh) -> Parts:
@@ -153,7 +153,8 @@ def batch_parts(mesh: Mesh) -> Parts:
     """
     count = batch_ways(mesh)
     index_of = batch_sharding(mesh).addressable_devices_indices_map((count,))
-    return Parts(tuple(sorted({index[0].indices(count)[0] for index in index_of.values()})), count)
+    held = {index[0].indices(count)[0] for index in index_of.values() if index is not None}
+    return Parts(tuple(sorted(held)), count)
 
 
 def put_batch(mesh: Mesh, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
@@ -161,7 +162,7 @@ def put_batch(mesh: Mesh, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
     sharding, parts = batch_sharding(mesh), batch_parts(mesh)
 
     def put(rows: np.ndarray) -> jax.Array:
-        shape = (len(rows) // len(parts.held) * parts.count, *rows.shape[1:])
+        shape = (len(rows) // len(parts.held) * parts.num_parts, *rows.shape[1:])
         return jax.make_array_from_process_local_data(sharding, rows, shape)
 
     return {name: put(rows) for name, rows in batch.items()}
