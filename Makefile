@@ -16,12 +16,13 @@ demo: $(VENV)/installed
 
 test: $(VENV)/installed
 	@echo 'without tests/parity, which needs torch and transformers (.ci/run installs them)'
-	$(BIN)/python -m pytest -n 2 --dist loadfile --ignore=tests/parity -m 'not plan'
+	$(BIN)/python -m pytest -n 2 --dist loadfile --ignore=tests/parity -m 'not plan and not several_processes'
 
 lint: $(VENV)/installed
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/shellcheck launch/*.sh tests/slurm/*.sh
 
 clean:
 	rm -rf $(VENV) work/demo

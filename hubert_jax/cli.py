@@ -68,14 +68,22 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"\nhubert {stage}: {reason}. To go on:\n  {go_on}", file=sys.stderr)
         sys.exit(130)
     except (ValueError, OSError, ImportError) as error:  # for people to mend, the rest is ours
+        from hubert_jax import processes
+
         if show_traceback:
             traceback.print_exc()
-        print(f"hubert {stage}: error: {str(error) or type(error).__name__}", file=sys.stderr)
+        reason = str(error) or type(error).__name__
+        print(f"hubert {stage}: error{processes.name()}: {reason}", file=sys.stderr)
         print(f"Once that is mended, go on with:\n  {go_on}", file=sys.stderr)
-        sys.exit(1)
+        processes.leave(1)
     except Exception:
-        print(f"hubert {stage}: failed. To go on:\n  {go_on}", file=sys.stderr)
-        raise
+        from hubert_jax import processes
+
+        print(f"hubert {stage}: failed{processes.name()}. To go on:\n  {go_on}", file=sys.stderr)
+        if processes.this()[1] == 1:
+            raise
+        traceback.print_exc()
+        processes.leave(1)
 
 
 def keep_compiled_programs() -> None:
@@ -106,6 +114,16 @@ def run_config_stage(stage: str, argv: list[str]) -> None:
     parser.add_argument("--config", metavar="FILE[:ITERATION]", help="a file of configs/")
     parser.add_argument("--workdir", metavar="FOLDER", help="where everything is written")
     parser.add_argument("--traceback", action="store_true", help="show where an error came from")
+    several = parser.add_argument_group(
+        "several processes", "not needed under srun, mpirun or on a slice of TPU hosts on GKE"
+    )
+    several.add_argument("--coordinator", metavar="HOST:PORT", help="of process 0; auto: jax looks")
+    several.add_argument("--num_processes", type=int, metavar="N", help="that run this command")
+    several.add_argument("--process_id", type=int, metavar="I", help="of this one, from 0")
+    several.add_argument(
+        "--heartbeat_timeout", type=int, default=100, metavar="SECONDS",
+        help="after which a silent process is given up, and the others are ended (100)",
+    )  # fmt: skip
     args = parser.parse_args(words)
 
     if args.help:
@@ -121,6 +139,7 @@ def run_config_stage(stage: str, argv: list[str]) -> None:
     if stage == "run" and iteration:
         parser.error(f"run walks every iteration of a config: give --config={path}")
 
+    join(args)
     from etils import epath
 
     workdir = epath.Path(args.workdir)
@@ -130,6 +149,16 @@ def run_config_stage(stage: str, argv: list[str]) -> None:
         module.run(lambda name: get(parser, f"{path}:{name}", overrides), workdir)
     else:
         module.run(config, workdir)
+
+
+def join(args: argparse.Namespace) -> None:
+    """Finds the other processes of the run, if there are any; only the first one talks."""
+    from hubert_jax import logs, processes
+
+    others = processes.told(args.coordinator, args.num_processes, args.process_id, os.environ)
+    processes.join(others, heartbeat_timeout=args.heartbeat_timeout)
+    if not processes.is_first():
+        logs.silence()
 
 
 # The overview and the help, read off the stages' docstrings without importing them.

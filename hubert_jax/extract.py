@@ -21,9 +21,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import jax
 import numpy as np
 from etils import epath
-from jax.experimental import multihost_utils
 
-from hubert_jax import logs, sharding, weights
+from hubert_jax import logs, processes, sharding, weights
 from hubert_jax.data import arrays, batches, cards, padding
 from hubert_jax.data.corpus import Corpus, Split
 from hubert_jax.ops import frames, mfcc
@@ -275,7 +274,8 @@ def write_store(
     """
     num_samples = np.asarray(split.num_samples)[positions]
     seconds = np.concatenate([[0.0], np.cumsum(num_samples / frames.SAMPLE_RATE)])
-    process = jax.process_index(), jax.process_count()
+    shards = min(num_shards, max(1, int(seconds[-1] / MIN_SHARD_SECONDS)))
+    process = processes.this()
     started = time.monotonic()
     with contextlib.ExitStack() as stack:
         progress: logs.Progress | None = None
@@ -283,7 +283,9 @@ def write_store(
         def produce(places: np.ndarray) -> arrays.Rows:
             nonlocal progress
             if progress is None and len(places):
-                bar = logs.Progress(title, seconds[-1] / process[1], done=seconds[places[0]])
+                bar = logs.Progress(
+                    title, seconds[-1] / min(process[1], shards), done=seconds[places[0]]
+                )
                 progress = stack.enter_context(bar)
             place_of = dict(zip(positions[places].tolist(), places.tolist(), strict=True))
             for position, rows in extractor.stream(split, positions[places], finish):
@@ -298,12 +300,12 @@ def write_store(
             lengths=extractor.source.num_frames(num_samples),
             width=width,
             dtype=dtype,
-            num_shards=min(num_shards, max(1, int(seconds[-1] / MIN_SHARD_SECONDS))),
+            num_shards=shards,
             produce=produce,
             card=card,
             results=results,
             process=process,
-            barrier=lambda: _wait_for_all(process[1], str(folder)),
+            barrier=lambda: processes.wait(str(folder)),
         )
     if progress is not None:
         elapsed = time.monotonic() - started
@@ -311,8 +313,3 @@ def write_store(
             f"{title}: {len(positions)} utterances, {seconds[-1]:.0f} s of audio in"
             f" {elapsed:.1f} s; {100 * extractor.share_of_padding:.0f} % of the work was padding"
         )
-
-
-def _wait_for_all(num_processes: int, name: str) -> None:
-    if num_processes > 1:
-        multihost_utils.sync_global_devices(name)

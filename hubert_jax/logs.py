@@ -9,18 +9,32 @@ import contextlib
 import json
 import pathlib
 import sys
+import tempfile
 import time
 import types
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Self
 
 import tqdm
+from etils import epath
+
+from hubert_jax.data import places
 
 SECONDS_BETWEEN_LINES = 10.0
+SECONDS_BETWEEN_UPLOADS = 60.0  # of metrics in a bucket
+_is_silent = False  # this process, of several that do the same
+
+
+def silence() -> None:
+    """No more lines and bars from this process: another one of the run says the same."""
+    global _is_silent
+    _is_silent = True
 
 
 def info(message: str) -> None:
     """Prints `message` on stdout, above any bar; without a terminal, after the time of day."""
+    if _is_silent:
+        return
     if not sys.stdout.isatty():
         message = f"{time.strftime('%H:%M:%S')} {message}"
     tqdm.tqdm.write(message, file=sys.stdout)
@@ -48,7 +62,7 @@ class Progress:
 
     def __enter__(self) -> Self:
         self._start = self._last_line = time.monotonic()
-        if sys.stderr.isatty():
+        if sys.stderr.isatty() and not _is_silent:
             share = "" if self.total is None else "{percentage:3.0f}%|{bar}| "
             total = "" if self.total is None else "/{total:.0f}"
             left = "" if self.total is None else "<{remaining}"
@@ -127,6 +141,11 @@ def clock(seconds: float) -> str:
     return f"{minutes}:{whole_seconds:02d}"
 
 
+def metrics(folder, *, resume_from: int, is_kept: bool) -> "Metrics":
+    """The metrics of a run; of several processes only one keeps them, in the others they vanish."""
+    return Metrics(folder, resume_from=resume_from) if is_kept else _NoMetrics()
+
+
 class Metrics:
     """The numbers of a training run: one line of metrics.jsonl per write, and TensorBoard events.
 
@@ -135,8 +154,12 @@ class Metrics:
     """
 
     def __init__(self, folder, *, resume_from: int):
-        self.path = pathlib.Path(folder) / "metrics.jsonl"
+        self._bucket = None if places.is_local(folder) else epath.Path(folder)
+        self._scratch = tempfile.TemporaryDirectory(prefix="hubert_jax-")
+        self.path = pathlib.Path(self._scratch.name if self._bucket else folder) / "metrics.jsonl"
         self.path.parent.mkdir(parents=True, exist_ok=True)
+        if self._bucket and (self._bucket / self.path.name).exists():
+            self.path.write_bytes((self._bucket / self.path.name).read_bytes())
         if self.path.exists():
             _drop_lines_after(self.path, resume_from)
         self._lines = self.path.open("a", encoding="utf-8")
@@ -146,6 +169,7 @@ class Metrics:
         self._events = tensorboardX.SummaryWriter(
             str(self.path.parent), purge_step=resume_from + 1, flush_secs=30
         )
+        self._last_upload = time.monotonic()
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Records `values` after `step` steps. Names with a slash group the plots: 'train/loss'."""
@@ -154,10 +178,20 @@ class Metrics:
         self._lines.flush()
         for name, value in floats.items():
             self._events.add_scalar(name, value, global_step=int(step))
+        if time.monotonic() - self._last_upload > SECONDS_BETWEEN_UPLOADS:
+            self._upload()
 
     def close(self) -> None:
         self._lines.close()
         self._events.close()
+        self._upload()
+        self._scratch.cleanup()
+
+    def _upload(self) -> None:
+        """Nothing can be appended to a file in a bucket: all of it is written again."""
+        self._last_upload = time.monotonic()
+        if self._bucket:
+            places.upload(self.path.parent, self._bucket)
 
     def __enter__(self) -> Self:
         return self
@@ -166,9 +200,20 @@ class Metrics:
         self.close()
 
 
+class _NoMetrics(Metrics):
+    def __init__(self) -> None:
+        pass
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
 def read_metrics(path) -> list[dict[str, float]]:
     """The lines of a metrics.jsonl, without a last one that a kill has cut short."""
-    lines = pathlib.Path(path).read_text(encoding="utf-8").splitlines(keepends=True)
+    lines = epath.Path(path).read_text(encoding="utf-8").splitlines(keepends=True)
     return [json.loads(line) for line in lines if line.endswith("\n")]
 
 

@@ -5,12 +5,14 @@ Parameters carry the names of their logical axes (`nnx.Param(..., axes=(...))`),
 constrained by the same names at a few points of the model; nothing else knows about devices.
 """
 
+import collections
 import math
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -34,12 +36,25 @@ RULES = {
 def make_mesh(*, data: int, fsdp: int, tensor: int, devices=None) -> Mesh:
     """A mesh ("data", "fsdp", "tensor"); at most one size may be -1: all devices that are left.
 
+    Over several islands (slices of TPUs, nodes of GPUs) fsdp and tensor stay inside of one where
+    they fit, so that only the gradients of data parallelism cross the slower network.
     Raises ValueError when the sizes do not multiply to the number of devices.
     """
     devices = jax.devices() if devices is None else devices
     sizes = mesh_sizes(data=data, fsdp=fsdp, tensor=tensor, num_devices=len(devices))
     shape = tuple(sizes[axis] for axis in MESH_AXES)
-    return jax.make_mesh(shape, MESH_AXES, devices=devices, axis_types=(AxisType.Auto,) * 3)
+    num_islands, island = islands(devices)
+    inside = len(devices) // num_islands
+    axis_types = (AxisType.Auto,) * len(MESH_AXES)
+    if num_islands == 1 or inside % (sizes["fsdp"] * sizes["tensor"]):
+        return jax.make_mesh(shape, MESH_AXES, devices=devices, axis_types=axis_types)
+    grid = mesh_utils.create_hybrid_device_mesh(
+        (sizes["data"] // num_islands, sizes["fsdp"], sizes["tensor"]),
+        (num_islands, 1, 1),
+        devices,
+        process_is_granule=island == "process_index",
+    )
+    return Mesh(grid, MESH_AXES, axis_types=axis_types)
 
 
 def mesh_sizes(*, data: int, fsdp: int, tensor: int, num_devices: int) -> dict[str, int]:
@@ -61,6 +76,17 @@ def mesh_sizes(*, data: int, fsdp: int, tensor: int, num_devices: int) -> dict[s
 def abstract_mesh(*, data: int, fsdp: int, tensor: int) -> AbstractMesh:
     """A mesh of these sizes without devices, to ask how arrays would be split."""
     return AbstractMesh((data, fsdp, tensor), MESH_AXES, axis_types=(AxisType.Auto,) * 3)
+
+
+def islands(devices: Sequence[Any]) -> tuple[int, str]:
+    """How many groups of devices with a fast network inside, and the attribute that tells them.
+
+    jax numbers slices of TPUs and, on GPUs, hosts (or what NVLink joins); elsewhere
+    it is processes. One group where they are not equally large.
+    """
+    attribute = "slice_index" if hasattr(devices[0], "slice_index") else "process_index"
+    sizes = collections.Counter(getattr(device, attribute) for device in devices)
+    return (len(sizes) if len({*sizes.values()}) == 1 else 1), attribute
 
 
 def constrain(x: jax.Array, *axes: str) -> jax.Array:
@@ -142,9 +168,31 @@ def batch_ways(mesh: Mesh | AbstractMesh) -> int:
     return mesh.shape["data"] * mesh.shape["fsdp"]
 
 
+class Parts(NamedTuple):
+    """The parts of a batch that a process holds, of `num_parts` equal runs of its rows."""
+
+    held: tuple[int, ...]
+    num_parts: int
+
+
+def batch_parts(mesh: Mesh) -> Parts:
+    """Which rows this process has to load.
+
+    They follow from where its devices are in the mesh: not one run of rows on every network, and
+    the same rows in several processes where a tensor axis spans them.
+    """
+    count = batch_ways(mesh)
+    index_of = batch_sharding(mesh).addressable_devices_indices_map((count,))
+    held = {index[0].indices(count)[0] for index in index_of.values() if index is not None}
+    return Parts(tuple(sorted(held)), count)
+
+
 def put_batch(mesh: Mesh, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
-    """This process' rows of a batch, made into global arrays."""
-    sharding = batch_sharding(mesh)
-    return {
-        name: jax.make_array_from_process_local_data(sharding, rows) for name, rows in batch.items()
-    }
+    """The rows of a batch that this process holds, in their order, made into global arrays."""
+    sharding, parts = batch_sharding(mesh), batch_parts(mesh)
+
+    def put(rows: np.ndarray) -> jax.Array:
+        shape = (len(rows) // len(parts.held) * parts.num_parts, *rows.shape[1:])
+        return jax.make_array_from_process_local_data(sharding, rows, shape)
+
+    return {name: put(rows) for name, rows in batch.items()}

@@ -6,9 +6,7 @@ that is indexed by the step, randomness from fold_in(key, step), so a run that s
 again is the same run.
 """
 
-import contextlib
 import math
-import signal
 import time
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -16,6 +14,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+
+from hubert_jax import processes
 
 
 class State(NamedTuple):
@@ -122,13 +122,14 @@ def fit(
     done = int(state.step)
     pending: list = []
     waited, since = 0.0, time.perf_counter()
-    with _signals() as stopped:
+    with processes.stop_signals() as stop_asked:
         while done < num_steps:
             asked = time.perf_counter()
             _, batch = next(batches)
             waited += time.perf_counter() - asked
             state, metrics = step(state, batch, key)
             done += 1
+            stopped = stop_asked(done)
             pending.append(metrics)
             if done % report_every == 0 or done == num_steps:
                 ready = pending if done == num_steps else pending[:-1]
@@ -144,7 +145,7 @@ def fit(
             if done % save_every == 0 or done == num_steps or stopped:
                 save(state)
             if stopped and done < num_steps:
-                raise Interrupted(f"stopped by {stopped[0]} after step {done}; it is saved")
+                raise Interrupted(f"stopped by {stopped} after step {done}; it is saved")
     return state
 
 
@@ -159,23 +160,3 @@ def sum_metrics(metrics: list[dict]) -> Sums:
 
 def means(sums: Sums) -> dict[str, float]:
     return {name: total / count if count else math.nan for name, (total, count) in sums.items()}
-
-
-@contextlib.contextmanager
-def _signals():
-    """A list that receives the name of the first SIGINT or SIGTERM; the second one acts at once."""
-    received: list[str] = []
-    previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-
-    def receive(number, _frame):
-        received.append(signal.Signals(number).name)
-        for number, handler in previous.items():
-            signal.signal(number, handler)
-
-    for number in previous:
-        signal.signal(number, receive)
-    try:
-        yield received
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)

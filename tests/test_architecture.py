@@ -14,7 +14,7 @@ FILES = sorted((ROOT / "hubert_jax").rglob("*.py"))
 FLOORS = (
     ("ops",),
     ("data",),
-    ("sharding", "weights", "optim", "logs", "train", "config_files"),
+    ("processes", "sharding", "weights", "optim", "logs", "train", "config_files"),
     ("layers", "model", "heads", "pretraining", "checkpoints", "extract", "encode", "frame_files"),
     ("interchange",),
     ("parity", "bench", "planning"),

@@ -106,3 +106,36 @@ def test_an_impossible_mesh_is_refused_with_the_possible_sizes(sizes):
         ValueError, match=r"does not fit 8 devices: give sizes among \[1, 2, 4, 8\]"
     ):
         sharding.make_mesh(**sizes)
+
+
+class Device:
+    """As much of a device as a mesh looks at."""
+
+    platform, device_kind = "cpu", "cpu"
+
+    def __init__(self, number: int, **attributes: int):
+        self.id = number
+        self.__dict__ |= attributes
+
+    def __repr__(self) -> str:
+        return f"{self.__dict__}"
+
+
+@pytest.mark.parametrize("island", ["slice_index", "process_index"])
+def test_only_data_parallelism_goes_across_islands(island):
+    # Interleaved, as a network may number them.
+    devices = [Device(n, **{"process_index": 0, island: n % 2}) for n in range(8)]
+    mesh = sharding.make_mesh(data=-1, fsdp=2, tensor=2, devices=devices)
+    assert dict(mesh.shape) == {"data": 2, "fsdp": 2, "tensor": 2}
+    for group in mesh.devices:
+        assert len({getattr(device, island) for device in group.flat}) == 1
+    assert {device.id for device in mesh.devices.flat} == set(range(8))
+
+
+def test_every_row_of_a_batch_is_loaded_where_it_lies():
+    mesh = sharding.make_mesh(data=2, fsdp=2, tensor=2)
+    parts = sharding.batch_parts(mesh)
+    assert parts == ((0, 1, 2, 3), 4)
+    rows = batch()
+    for name, array in sharding.put_batch(mesh, rows).items():
+        np.testing.assert_array_equal(array, rows[name])

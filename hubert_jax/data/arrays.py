@@ -10,14 +10,13 @@ Shapes: N utterances. A shard is a plain numpy file: `numpy.load` reads it witho
 """
 
 import hashlib
-import os
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, BinaryIO
 
 import numpy as np
 from etils import epath
 
-from hubert_jax.data import cards
+from hubert_jax.data import cards, places
 
 PLAN = "unfinished.json"  # what an unfinished folder is being made from
 
@@ -40,7 +39,7 @@ class Store:
         self.card = card
         self.width: int | None = card["width"]
         self.dtype = np.dtype(card["dtype"])
-        with np.load(os.fspath(folder / "index.npz")) as index:
+        with np.load(places.local(folder / "index.npz")) as index:
             self.ids: list[str] = index["ids"].tolist()
             self._offsets: np.ndarray = index["offsets"]
             self._shards: np.ndarray = index["shards"]
@@ -251,7 +250,7 @@ def _finish(
 def _read_shard(path: epath.Path, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
     try:
         # An empty file cannot be mapped.
-        array = np.load(os.fspath(path), mmap_mode="r" if shape[0] else None)
+        array = np.load(places.local(path), mmap_mode="r" if shape[0] else None)
     except (FileNotFoundError, EOFError, ValueError) as error:
         raise ValueError(
             f"{path}: missing or broken ({error}); remove {path.parent} and run its stage again"

@@ -159,7 +159,12 @@ class Split(Protocol):
 
 
 def load(
-    split: Split, labels: Sequence[arrays.Store], batch: Batch, rows: slice, *, normalize: bool
+    split: Split,
+    labels: Sequence[arrays.Store],
+    batch: Batch,
+    rows: np.ndarray | slice,
+    *,
+    normalize: bool,
 ) -> dict[str, np.ndarray]:
     """`rows` of a batch: audio float32 (B, S), labels int32 (B, T, G), weights float32 B.
 
@@ -192,16 +197,16 @@ def stream(
     first_step: int,
     num_steps: int,
     normalize: bool,
-    process: tuple[int, int] = (0, 1),
+    parts: tuple[Sequence[int], int] = ((0,), 1),
 ) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
     """Yields (step, what `load` gives) for the steps from `first_step` up to `num_steps`.
 
-    Batches are loaded ahead. `process` = (index, count): this process gets its share of the rows,
-    the index-th of `count` equal runs. Close the generator to stop the readers early.
+    Batches are loaded ahead. `parts` = (held, count): of `count` equal runs of a batch's rows, this
+    process gets those numbered in `held`. Close the generator to stop the readers early.
     """
     for store in labels:
         check_labels(split, store)
-    step_of = functools.partial(_load_step, split, tuple(labels), plan, process, normalize)
+    step_of = functools.partial(_load_step, split, tuple(labels), plan, parts, normalize)
     steps = grain.MapDataset.range(first_step, num_steps).map(step_of)
     if config.num_workers:
         if not flags.FLAGS.is_parsed():  # the workers are handed grain's flags
@@ -231,18 +236,18 @@ def _load_step(
     split: Split,
     labels: Sequence[arrays.Store],
     plan: Plan | Sequence[Batch],
-    process: tuple[int, int],
+    parts: tuple[Sequence[int], int],
     normalize: bool,
     step: int,
 ) -> tuple[int, dict[str, np.ndarray]]:
-    batch, (index, count) = plan[step], process
+    batch, (held, count) = plan[step], parts
     num_rows, rest = divmod(len(batch.utterances_B), count)
     if rest:
         raise ValueError(
-            f"{len(batch.utterances_B)} rows of batch {step} do not divide among {count} processes;"
-            " row_multiple has to be a multiple of the processes"
+            f"{len(batch.utterances_B)} rows of batch {step} do not divide into {count} parts;"
+            " row_multiple has to be a multiple of these"
         )
-    rows = slice(index * num_rows, (index + 1) * num_rows)
+    rows = np.concatenate([np.arange(part * num_rows, (part + 1) * num_rows) for part in held])
     return step, load(split, labels, batch, rows, normalize=normalize)
 
 

@@ -16,11 +16,14 @@ import hashlib
 import importlib.metadata
 import json
 import os
+import tempfile
 from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 from etils import epath
+
+from hubert_jax.data import places
 
 Card = dict[str, Any]
 
@@ -101,16 +104,21 @@ def whole(path: epath.PathLike) -> Iterator[epath.Path]:
     """Yields a temporary sibling to write (a file or a folder), renamed to `path` at the end.
 
     On any error the sibling is removed and `path` is as it was: a reader never sees half a file.
+    Of a path in a bucket the sibling is a local one, and is uploaded: files appear there whole.
     """
     path = epath.Path(path)
-    unfinished = path.parent / f".unfinished-{path.name}"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    _remove(unfinished)  # left by a killed run
+    is_local = places.is_local(path)
+    unfinished = _beside(path) if is_local else _elsewhere(path)
+    leftover = unfinished if is_local else unfinished.parent
     try:
         yield unfinished
-        unfinished.replace(path)
+        if is_local:
+            unfinished.replace(path)
+        else:
+            places.upload(unfinished, path)
+            _remove(leftover)
     except OSError as error:
-        _remove(unfinished)
+        _remove(leftover)
         if error.errno == errno.ENOSPC:
             raise OSError(
                 errno.ENOSPC,
@@ -119,8 +127,19 @@ def whole(path: epath.PathLike) -> Iterator[epath.Path]:
             ) from error
         raise
     except BaseException:
-        _remove(unfinished)
+        _remove(leftover)
         raise
+
+
+def _beside(path: epath.Path) -> epath.Path:
+    unfinished = path.parent / f".unfinished-{path.name}"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _remove(unfinished)  # left by a killed run
+    return unfinished
+
+
+def _elsewhere(path: epath.Path) -> epath.Path:
+    return epath.Path(tempfile.mkdtemp(prefix="hubert_jax-")) / path.name
 
 
 def digest(path: epath.PathLike) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from hubert_jax.data import cards
+from hubert_jax.data import cards, places
 
 MAX_CODES = np.iinfo(np.int16).max + 1  # labels are stored as int16
 
@@ -60,7 +60,7 @@ def read_card(path: epath.PathLike) -> cards.Card:
 
 def read_centers(path: epath.PathLike) -> np.ndarray:
     """float32 (C, D) of a codebook.npz."""
-    with np.load(epath.Path(path)) as codebook:
+    with np.load(places.local(path)) as codebook:
         return codebook["centers_CD"].astype(np.float32)
 
 

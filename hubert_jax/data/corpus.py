@@ -27,7 +27,7 @@ import numpy as np
 from array_record.python import array_record_module
 from etils import epath
 
-from hubert_jax.data import alignments, audio, cards
+from hubert_jax.data import alignments, audio, cards, places
 from hubert_jax.data.utterance import Intervals
 from hubert_jax.ops import frames
 
@@ -68,7 +68,7 @@ class Split:
 
     def __init__(self, folder: epath.PathLike, name: str):
         self.folder, self.name = epath.Path(folder), name
-        with np.load(os.fspath(self.folder / f"{name}.npz")) as index:
+        with np.load(places.local(self.folder / f"{name}.npz")) as index:
             self.ids: list[str] = index["ids"].tolist()
             self.num_samples: np.ndarray = index["num_samples"]  # U int64
             self.speakers: list[str] = index["speakers"].tolist()
@@ -113,7 +113,7 @@ class Split:
                         f"{path} is missing; remove {self.folder} and run hubert prepare again"
                     )
                 self._readers[shard] = array_record_module.ArrayRecordReader(
-                    os.fspath(path),
+                    places.local(path),
                     options="readahead_buffer_size:0",  # for random access
                     file_reader_buffer_size=2**15,
                 )
@@ -129,7 +129,7 @@ class Split:
 
 
 def _load_times(path: epath.Path) -> alignments.Packed:
-    with np.load(os.fspath(path)) as arrays:
+    with np.load(places.local(path)) as arrays:
         return alignments.Packed(arrays)
 
 
@@ -206,7 +206,7 @@ class Shard:
 
     def __init__(self, folder: epath.Path, name: str):
         self.path = folder / f"{name}.array_record"
-        with np.load(os.fspath(folder / f"{name}.npz")) as arrays:
+        with np.load(places.local(folder / f"{name}.npz")) as arrays:
             self.ids: list[str] = arrays["ids"].tolist()
             self.num_samples: np.ndarray = arrays["num_samples"]
             self.speakers: list[str] = arrays["speakers"].tolist()

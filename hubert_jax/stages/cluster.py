@@ -10,13 +10,11 @@ import functools
 import time
 from typing import Any
 
-import jax
 import numpy as np
 from etils import epath
-from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
-from hubert_jax import logs, sharding
+from hubert_jax import logs, processes, sharding
 from hubert_jax.data import arrays, cards, codebooks
 from hubert_jax.ops import kmeans, scores
 
@@ -55,10 +53,9 @@ def run(config: ConfigDict, workdir: epath.Path) -> None:
         progress=functools.partial(logs.Progress, unit="frames"),
     )
     seconds = time.monotonic() - started
-    if jax.process_index() == 0:
+    if processes.is_first():
         write(path, codebook, store, made_from)
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices("codebook")  # the next stage reads it
+    processes.wait("codebook")  # the next stage reads it
     logs.info(f"{path}: {summary(codebook)}, {seconds:.1f} s")
 
 

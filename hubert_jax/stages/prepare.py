@@ -16,7 +16,7 @@ from typing import Any
 from etils import epath
 from ml_collections import ConfigDict
 
-from hubert_jax import logs
+from hubert_jax import logs, processes
 from hubert_jax.data import cards, corpus, readers, shards, workers
 from hubert_jax.data import plan as planning
 from hubert_jax.data.readers import Listing, Source
@@ -89,7 +89,7 @@ def run(config: ConfigDict, workdir: epath.Path) -> None:
         return
     unfinished = folder / UNFINISHED
     sources = settings.sources
-    if not cards.is_made(unfinished / "card.json", made_from):
+    if not cards.is_made(unfinished / "card.json", made_from) and processes.is_first():
         cards.write(unfinished / "card.json", cards.new("corpus", made_from=made_from))
     listings = _list(sources, settings, unfinished)
     plan = planning.plan(
@@ -100,10 +100,13 @@ def run(config: ConfigDict, workdir: epath.Path) -> None:
         seed=config.seed,
     )
     _make(plan, settings, unfinished)
-    card = cards.new("corpus", made_from=made_from, **_finish(plan, settings, folder))
-    cards.write(folder / "card.json", card)
-    unfinished.rmtree()
-    logs.info(f"{folder} is made\n{_table(card)}")
+    processes.wait("shards")
+    if processes.is_first():
+        card = cards.new("corpus", made_from=made_from, **_finish(plan, settings, folder))
+        cards.write(folder / "card.json", card)
+        unfinished.rmtree()
+        logs.info(f"{folder} is made\n{_table(card)}")
+    processes.wait("corpus")
 
 
 def _made_from(settings: CorpusConfig, seed: int) -> dict[str, Any]:
@@ -122,7 +125,8 @@ def _list(
     """What every source has; read once, so that a run that goes on keeps to its plan."""
     unique = list(dict.fromkeys(source for found in sources.values() for source in found))
     paths = {source: unfinished / f"listing-{n:03d}.json" for n, source in enumerate(unique)}
-    to_list = [source for source in unique if source.kind != "synth" and not paths[source].exists()]
+    mine = _share([source for source in unique if source.kind != "synth"])
+    to_list = [source for source in mine if not paths[source].exists()]
     archives = [source for source in to_list if source.is_archive]
     folders = [source for source in to_list if not source.is_archive]
     pattern = settings.speaker_pattern
@@ -138,8 +142,15 @@ def _list(
                 num_workers=settings.num_workers,
                 report=lambda num_bytes: progress.advance(num_bytes / 1e6),
             )
+    processes.wait("listings")
     listed = {source: _read_listing(source, paths[source]) for source in unique}
     return {split: {source: listed[source] for source in found} for split, found in sources.items()}
+
+
+def _share(work: Sequence[Any]) -> Sequence[Any]:
+    """What this process does of `work`, which is the same in all of them."""
+    index, count = processes.this()
+    return work[index::count]
 
 
 def _list_source(source: Source, path: epath.Path, speaker_pattern: str, *, report) -> None:
@@ -165,13 +176,14 @@ def _make(plan: planning.Plan, settings: CorpusConfig, unfinished: epath.Path) -
     )
     total = done = 0.0
     to_make = []
-    for task in plan.tasks:
+    tasks = _share(plan.tasks)
+    for task in tasks:
         total += sum(shards.seconds(task, shard, limits) for shard in task.shards)
         made = [shard for shard in task.shards if shards.is_made(unfinished, shard)]
         done += sum(shards.seconds(task, shard, limits) for shard in made)
         if len(made) < len(task.shards):
             to_make.append((task, unfinished, limits))
-    if len(to_make) < len(plan.tasks):
+    if len(to_make) < len(tasks):
         logs.info(f"going on: {logs.clock(done)} of {logs.clock(total)} of audio are done")
     synth = [task for task in to_make if task[0].source.kind == "synth"]
     others = [task for task in to_make if task[0].source.kind != "synth"]

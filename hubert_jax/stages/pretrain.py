@@ -17,7 +17,7 @@ import jax
 from etils import epath
 from ml_collections import ConfigDict
 
-from hubert_jax import checkpoints, logs, optim, pretraining, sharding, train
+from hubert_jax import checkpoints, logs, optim, pretraining, processes, sharding, train
 from hubert_jax.data import arrays, batches, cards
 from hubert_jax.data.corpus import Corpus
 from hubert_jax.heads import HeadConfig, Hubert
@@ -126,7 +126,7 @@ def _pretrain(
         loaded = batches.stream(
             corpus.split(split), labels[split], plans[split], batch_config,
             first_step=first_step, num_steps=num_steps, normalize=model_config.normalize_audio,
-            process=(jax.process_index(), jax.process_count()),
+            parts=sharding.batch_parts(mesh),
         )  # fmt: skip
         for step, batch in loaded:
             yield step, sharding.put_batch(mesh, batch)
@@ -140,13 +140,17 @@ def _pretrain(
     )
     learning_rate = optim.schedule(optim_config, num_steps=settings.num_steps)
     # Now that everything fits: a refusal leaves nothing that the mended config would not match.
-    if not (saved.folder / "card.json").exists() and jax.process_index() == 0:
+    if not (saved.folder / "card.json").exists() and processes.is_first():
         cards.write(saved.folder / "card.json", card)
     _describe(state, plans["train"], corpus, settings, num_codes, first_step)
 
     title = f"pretrain {config.iteration}"
     with (
-        logs.Metrics(workdir / config.iteration / "logs", resume_from=first_step) as metrics,
+        logs.metrics(
+            workdir / config.iteration / "logs",
+            resume_from=first_step,
+            is_kept=processes.is_first(),
+        ) as metrics,
         logs.Progress(title, settings.num_steps, "steps", done=first_step) as progress,
     ):
 

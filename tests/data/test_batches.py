@@ -284,7 +284,7 @@ def test_audio_and_labels_are_cropped_together(corpus):
 def test_processes_load_their_rows(corpus):
     split, stores = corpus
 
-    def read(process, first_step=0):
+    def read(parts, first_step=0):
         reader = batches.stream(
             split,
             stores,
@@ -293,22 +293,25 @@ def test_processes_load_their_rows(corpus):
             first_step=first_step,
             num_steps=12,
             normalize=False,
-            process=process,
+            parts=parts,
         )
         return dict(reader)
 
-    whole, parts = read((0, 1)), [read((i, 4)) for i in range(4)]
+    whole, parts = read(((0,), 1)), [read(((i,), 4)) for i in range(4)]
+    outer = read(((0, 3), 4))  # as where the network orders the devices
     assert list(whole) == list(range(12))
     for step, loaded in whole.items():
         for name, rows in loaded.items():
             np.testing.assert_array_equal(rows, np.concatenate([p[step][name] for p in parts]))
-    resumed = read((0, 1), first_step=9)
+            first, *_, last = np.split(rows, 4)
+            np.testing.assert_array_equal(outer[step][name], np.concatenate([first, last]))
+    resumed = read(((0,), 1), first_step=9)
     assert list(resumed) == [9, 10, 11]
     for step, loaded in resumed.items():
         for name, rows in loaded.items():
             np.testing.assert_array_equal(rows, whole[step][name])
-    with pytest.raises(ValueError, match="do not divide among 7 processes"):
-        read((0, 7))
+    with pytest.raises(ValueError, match="do not divide into 7 parts"):
+        read(((0,), 7))
 
 
 def test_worker_processes_load_the_same_and_end(corpus):

@@ -91,7 +91,7 @@ def first_loss(model: Hubert, config, workdir) -> float:
     labels = pretrain.open_labels(workdir, ("it1",), corpus)["train"]
     _, batch = next(batches.stream(
         corpus.split("train"), labels, plan, settings, first_step=0, num_steps=1,
-        normalize=config.model.normalize_audio, process=(0, 1),
+        normalize=config.model.normalize_audio,
     ))  # fmt: skip
     key = jax.random.fold_in(jax.random.key(config.seed), pretrain.FOR_TRAINING)
     mask_key, dropout_key = jax.random.split(jax.random.fold_in(key, 0))
