@@ -45,7 +45,7 @@ setuptools.setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=setuptools.find_packages(include=["hubert_jax", "hubert_jax.*"]),
-    package_data={"hubert_jax.parity": ["goldens/*.npz"]},
+    package_data={"hubert_jax.parity": ["goldens/*.npz"], "hubert_jax.doctor": ["*.json"]},
     install_requires=INSTALL,
     extras_require=EXTRAS,
     entry_points={"console_scripts": ["hubert = hubert_jax.cli:main"]},

@@ -14,10 +14,10 @@ FILES = sorted((ROOT / "hubert_jax").rglob("*.py"))
 FLOORS = (
     ("ops",),
     ("data",),
-    ("sharding", "weights", "optim", "logs", "train", "config_files"),
+    ("sharding", "weights", "optim", "logs", "train", "config_files", "watch", "locks"),
     ("layers", "model", "heads", "pretraining", "checkpoints", "extract", "encode", "frame_files"),
     ("interchange",),
-    ("parity", "bench"),
+    ("parity", "bench", "doctor"),
     ("stages",),
     ("", "cli"),  # "": the package itself
 )
