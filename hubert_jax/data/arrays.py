@@ -285,7 +285,7 @@ def _read_shard(path: epath.Path, shape: tuple[int, ...], dtype: np.dtype) -> np
     try:
         # An empty file cannot be mapped.
         array = np.load(os.fspath(path), mmap_mode="r" if shape[0] else None)
-    except (OSError, EOFError, ValueError, OverflowError, SyntaxError) as error:
+    except cards.DAMAGED as error:
         raise ValueError(
             f"{path}: missing or broken ({error}); remove {path.parent} and run its stage again"
         ) from error

@@ -63,6 +63,14 @@ def read(path: epath.PathLike) -> Card:
     return card
 
 
+def read_text(path: epath.PathLike) -> str:
+    """A UTF-8 file. Raises ValueError naming it where it is not one."""
+    try:
+        return epath.Path(path).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8 text ({error})") from error
+
+
 def read_arrays(path: epath.PathLike, kinds: Mapping[str, str]) -> dict[str, np.ndarray]:
     """The arrays of an .npz that we wrote; `kinds` are the letters of their dtypes, by name.
 

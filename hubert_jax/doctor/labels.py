@@ -18,7 +18,8 @@ from hubert_jax.ops import scores
 MIN_USED = 0.9  # of the codes
 MIN_PERPLEXITY = 0.2  # of the number of codes
 MAX_CODE_SHARE = 0.25  # of the frames, in one code
-MIN_RUN, MAX_RUN = 0.025, 0.5  # seconds a code lasts, in the mean; phones last about 0.08
+MIN_RUN = 1.25  # frames that a code lasts, in the mean; 1 is what noise has
+MAX_RUN = 0.5  # seconds; phones last about 0.08
 
 
 class LabelFacts(NamedTuple):
@@ -116,7 +117,7 @@ def of_labels(what: str, facts: LabelFacts) -> list[Finding]:
             f"{what}: runs",
             f"a code lasts {1000 * run:.0f} ms in the mean (phones: about 80)",
             "so short, labels are noise; so long, they hardly follow speech: " + again,
-            is_look=not MIN_RUN <= run <= MAX_RUN,
+            is_look=run * facts.rate < MIN_RUN or run > MAX_RUN,
         ),
         ok(
             f"{what}: start",

@@ -66,6 +66,8 @@ def read_audio(path: pathlib.Path) -> object:
     assert outcome.records or all(reason for _, reason in outcome.rejected)
     for record in outcome.records:
         assert len(audio.decode(record.audio)) == record.num_samples
+    if not outcome.records:
+        raise audio.Rejected(outcome.rejected[0][1])
     return outcome
 
 
