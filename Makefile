@@ -1,5 +1,6 @@
 # make demo    the whole loop on synthetic speech, some minutes on a laptop
 # make test    the tests
+# make fuzz    100,000 damaged files, shared out among all readers
 # make lint    format, style and types
 # Each sets up .venv first, from python3 alone, unless that is done.
 
@@ -9,7 +10,7 @@ WORKDIR ?= work/demo
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint clean
+.PHONY: demo test fuzz lint clean
 
 demo: $(VENV)/installed
 	PATH="$(CURDIR)/$(BIN):$$PATH" launch/local.sh run --config=configs/demo.py --workdir=$(WORKDIR)
@@ -17,6 +18,9 @@ demo: $(VENV)/installed
 test: $(VENV)/installed
 	@echo 'without tests/parity, which needs torch and transformers (.ci/run installs them)'
 	$(BIN)/python -m pytest -n 2 --dist loadfile --ignore=tests/parity -m 'not plan and not several_processes'
+
+fuzz: $(VENV)/installed
+	$(BIN)/python -m tests.fuzz.run
 
 lint: $(VENV)/installed
 	$(BIN)/ruff format --check .

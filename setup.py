@@ -38,6 +38,7 @@ EXTRAS = {
     "plan": ["jax[tpu]"],
     "demo": ["espeakng-loader>=0.2.4"],  # GPL-3, therefore never a plain dependency
     "test": [
+        "hypothesis",
         "kubernetes-validate",
         "mypy",
         "pytest>=8.0",
@@ -55,7 +56,7 @@ setuptools.setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=setuptools.find_packages(include=["hubert_jax", "hubert_jax.*"]),
-    package_data={"hubert_jax.parity": ["goldens/*.npz"]},
+    package_data={"hubert_jax.parity": ["goldens/*.npz"], "hubert_jax.doctor": ["*.json"]},
     install_requires=INSTALL,
     extras_require=EXTRAS,
     entry_points={"console_scripts": ["hubert = hubert_jax.cli:main"]},

@@ -2,7 +2,7 @@
 """Checkpoints on disk, by Orbax: <folder>/<step>/{params, optimizer, card}.
 
 Items are flat dictionaries from dotted names to arrays (weights.py), so that any Orbax can restore
-them without this package; the card says which model they belong to.
+them without this package; the card says which model they belong to, and has checksums of them.
 """
 
 import contextlib
@@ -54,10 +54,12 @@ class Checkpoints:
         step = int(state.step)
         if step in self._manager.all_steps():
             return
+        params, optimizer = weights.to_named(state.model), weights.to_named(state.opt_state)
+        sums = {"params": weights.checksums(params), "optimizer": weights.checksums(optimizer)}
         items = ocp.args.Composite(
-            params=ocp.args.StandardSave(weights.to_named(state.model)),
-            optimizer=ocp.args.StandardSave(weights.to_named(state.opt_state)),
-            card=ocp.args.JsonSave(card | {"step": step}),
+            params=ocp.args.StandardSave(params),
+            optimizer=ocp.args.StandardSave(optimizer),
+            card=ocp.args.JsonSave(card | {"step": step, "checksums": sums}),
         )
         with enough_space(self.folder):  # the failure of an earlier save shows here too
             self._manager.save(step, args=items)
@@ -65,13 +67,14 @@ class Checkpoints:
     def restore(self, state: State) -> State:
         """The newest checkpoint, laid out as the arrays of `state` are.
 
-        Raises ValueError when the checkpoint is of another shape.
+        Raises ValueError when the checkpoint is of another shape, or damaged.
         """
         step = resolve(self.folder)
+        card = read_card(step)
         return State(
             step=jax.numpy.full_like(state.step, int(step.name)),
-            model=_restore(step / "params", state.model),
-            opt_state=_restore(step / "optimizer", state.opt_state),
+            model=_restore(step, "params", state.model, card),
+            opt_state=_restore(step, "optimizer", state.opt_state, card),
         )
 
     def wait(self) -> None:
@@ -99,10 +102,12 @@ def enough_space(folder: epath.Path) -> Iterator[None]:
         ) from error
 
 
-def _restore(path: epath.Path, like):
-    """The arrays at `path` in the tree and with the shardings of `like`."""
+def _restore(step: epath.Path, item: str, like, card: dict):
+    """The arrays of an item in the tree and with the shardings of `like`, checked by the card."""
+    path = step / item
     with ocp.StandardCheckpointer() as checkpointer:
-        stored = checkpointer.metadata(path).item_metadata.tree
+        with readable(step):
+            stored = checkpointer.metadata(path).item_metadata.tree
         try:
             weights.from_named(like, stored)
         except ValueError as error:
@@ -111,7 +116,40 @@ def _restore(path: epath.Path, like):
             name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
             for name, x in weights.to_named(like).items()
         }
-        return weights.from_named(like, checkpointer.restore(path, target))
+        with readable(step):
+            arrays = checkpointer.restore(path, target)
+    wanted = card.get("checksums", {}).get(item)  # absent in those of 0.1.0
+    if wanted is not None:
+        found = weights.checksums(arrays)
+        changed = sorted(name for name, value in found.items() if wanted.get(name) != value)
+        if changed:
+            raise _damaged(step, f"{item}: {', '.join(changed[:4])} changed since it was saved")
+    return weights.from_named(like, arrays)
+
+
+@contextlib.contextmanager
+def readable(step: epath.Path) -> Iterator[None]:
+    """Whatever Orbax and tensorstore say of files that they cannot read, said in words.
+
+    Their errors are of any class, bare Exception among them. A lack of memory, or of permission, is
+    no damage.
+    """
+    try:
+        yield
+    except (MemoryError, PermissionError):
+        raise
+    except Exception as error:
+        if "RESOURCE_EXHAUSTED" in str(error):
+            raise
+        reason = " ".join(str(error).split())[:300]
+        raise _damaged(step, f"{type(error).__name__}: {reason}") from error
+
+
+def _damaged(step: epath.Path, reason: str) -> ValueError:
+    return ValueError(
+        f"{step}: the checkpoint is damaged ({reason}); remove this folder, and the same command"
+        " goes on from the checkpoint before it, or begins anew"
+    )
 
 
 def resolve(path) -> epath.Path:
@@ -133,8 +171,9 @@ def resolve(path) -> epath.Path:
 
 def read_card(path) -> dict:
     """The card of a checkpoint: its configs, codes and labels, and the step."""
-    with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as checkpointer:
-        return checkpointer.restore(resolve(path) / "card")
+    step = resolve(path)
+    with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as checkpointer, readable(step):
+        return checkpointer.restore(step / "card")
 
 
 def load_model(path) -> tuple[Hubert, dict]:
@@ -144,7 +183,7 @@ def load_model(path) -> tuple[Hubert, dict]:
     model = Weights.from_card(card, {}).abstract()
     here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), model)
-    return _restore(path / "params", like), card
+    return _restore(path, "params", like, card), card
 
 
 def load_encoder(path) -> tuple[Encoder, dict]:
@@ -213,9 +252,10 @@ def write_weights(folder: epath.Path, model: Weights, card: dict) -> None:
         if manager.latest_step() is not None:
             cards.require(folder / "card.json", read_card(folder), made_from=card["made_from"])
             return
+        sums = {"params": weights.checksums(model.arrays)}
         items = ocp.args.Composite(
             params=ocp.args.StandardSave(dict(model.arrays)),
-            card=ocp.args.JsonSave(card | {"step": 0}),
+            card=ocp.args.JsonSave(card | {"step": 0, "checksums": sums}),
         )
         manager.save(0, args=items)
         manager.wait_until_finished()

@@ -6,6 +6,7 @@ Only the stage asked for is imported, and only once its arguments are understood
 
 import argparse
 import ast
+import contextlib
 import importlib
 import importlib.util
 import keyword
@@ -144,11 +145,23 @@ def run_config_stage(stage: str, argv: list[str]) -> None:
 
     workdir = epath.Path(args.workdir)
     module = importlib.import_module(module_name(stage))
-    if stage == "run":
-        get = config_files.configured
-        module.run(lambda name: get(parser, f"{path}:{name}", overrides), workdir)
-    else:
-        module.run(config, workdir)
+    with one_at_a_time(stage, workdir):
+        if stage == "run":
+            get = config_files.configured
+            module.run(lambda name: get(parser, f"{path}:{name}", overrides), workdir)
+        else:
+            module.run(config, workdir)
+
+
+def one_at_a_time(stage: str, workdir) -> contextlib.AbstractContextManager[None]:
+    """The lock of a work directory, for whatever writes into it; the first process holds it."""
+    import jax
+
+    from hubert_jax import locks
+
+    if jax.distributed.is_initialized() and jax.process_index() > 0:
+        return contextlib.nullcontext()
+    return locks.held(workdir, f"hubert {stage}")
 
 
 def join(args: argparse.Namespace) -> None:

@@ -213,8 +213,16 @@ class _NoMetrics(Metrics):
 
 def read_metrics(path) -> list[dict[str, float]]:
     """The lines of a metrics.jsonl, without a last one that a kill has cut short."""
-    lines = epath.Path(path).read_text(encoding="utf-8").splitlines(keepends=True)
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    try:
+        lines = epath.Path(path).read_text(encoding="utf-8").split("\n")[:-1]
+        rows = [json.loads(line) for line in lines]
+        if not all(isinstance(row, dict) and isinstance(row.get("step"), int) for row in rows):
+            raise ValueError("a line without its step")
+    except (ValueError, RecursionError) as error:
+        raise ValueError(
+            f"{path}: not the metrics of a run ({error}); move it away: training does not need it"
+        ) from error
+    return rows
 
 
 @contextlib.contextmanager

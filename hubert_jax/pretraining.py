@@ -5,6 +5,7 @@ B batch, S samples, T frames, G label sets (clusterings)
 """
 
 import dataclasses
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -51,17 +52,49 @@ def predict(
     model: Hubert, batch, mask_key, dropout_key
 ) -> tuple[list[losses.Prediction], jax.Array]:
     """The sums of every label set, and the feature penalty."""
+    logits, mask_BT, penalty = _masked_logits(model, batch, mask_key, dropout_key)
+    return _predictions(logits, mask_BT, batch), penalty
+
+
+class Usage(NamedTuple):
+    """How the codes of one label set are used on the frames of a batch; counts add up."""
+
+    labelled_C: jax.Array  # frames that have the code
+    predicted_C: jax.Array  # frames for which it is the likeliest
+    spread: jax.Array  # of the logits over frames, mean over codes; 0: all frames look the same
+
+
+def evaluate(model: Hubert, batch, mask_key) -> tuple[dict[str, tuple], list[Usage]]:
+    """What `summary` says of a batch, and for each label set how its codes are used."""
+    logits, mask_BT, penalty = _masked_logits(model, batch, mask_key, None)
+    usages = []
+    for g, logits_BTC in enumerate(logits):
+        num_codes = logits_BTC.shape[-1]
+        weights_BT = jnp.broadcast_to(batch["weights"][:, None], mask_BT.shape)
+        counts = [
+            jnp.zeros(num_codes).at[codes_BT].add(weights_BT)
+            for codes_BT in (batch["labels"][..., g], jnp.argmax(logits_BTC, axis=-1))
+        ]
+        usages.append(Usage(*counts, jnp.mean(jnp.std(logits_BTC, axis=(0, 1)))))
+    return summary(_predictions(logits, mask_BT, batch), penalty), usages
+
+
+def _masked_logits(model: Hubert, batch, mask_key, dropout_key):
+    """(logits of every label set, mask_BT, feature penalty)."""
     labels_BTG = batch["labels"]
     encoder = model.encoder.config
     mask_BT = masking.span_mask(
         mask_key, *labels_BTG.shape[:2], prob=encoder.mask_prob, length=encoder.mask_length
     )
     logits, penalty = model(batch["audio"], mask_BT, key=dropout_key)
-    predictions = [
-        losses.prediction(logits_BTC, labels_BTG[..., g], mask_BT, batch["weights"])
+    return logits, mask_BT, penalty
+
+
+def _predictions(logits: list[jax.Array], mask_BT, batch) -> list[losses.Prediction]:
+    return [
+        losses.prediction(logits_BTC, batch["labels"][..., g], mask_BT, batch["weights"])
         for g, logits_BTC in enumerate(logits)
     ]
-    return predictions, penalty
 
 
 def summary(predictions: list[losses.Prediction], penalty: jax.Array) -> dict[str, tuple]:

@@ -49,6 +49,9 @@ def make_step(loss: LossFunction, optimizer: optax.GradientTransformation, *, ac
     `accumulate` splits the rows of the batch into that many parts, one after the other; gradients
     are summed before the one division by the summed weight, so the update is that of the whole
     batch. Metrics gain the loss per count and the gradient's norm before clipping.
+
+    A step whose loss or gradient is not finite leaves model and optimiser as they were; its metrics
+    are 0 of 0, and it is counted in "skipped".
     """
 
     def gradient_of_sum(model, batch, key, step) -> tuple[Any, Loss]:
@@ -81,10 +84,19 @@ def make_step(loss: LossFunction, optimizer: optax.GradientTransformation, *, ac
         grads = jax.tree.map(lambda g: g / value.weight, grads)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.model)
         model = optax.apply_updates(state.model, updates)
+        norm = optax.tree.norm(grads)
         metrics = value.metrics | {
             "loss": (value.total, value.weight),
-            "gradient_norm": (optax.tree.norm(grads), 1.0),
+            "gradient_norm": (norm, 1.0),
         }
+        is_finite = jnp.isfinite(value.total) & jnp.isfinite(norm)
+        model, opt_state = jax.tree.map(
+            lambda new, old: jnp.where(is_finite, new, old),
+            (model, opt_state),
+            (state.model, state.opt_state),
+        )
+        metrics = jax.tree.map(lambda x: jnp.where(is_finite, x, 0.0), metrics)
+        metrics["skipped"] = ((~is_finite).astype(jnp.float32), 1.0)
         return State(state.step + 1, model, opt_state), metrics
 
     return jax.jit(step, donate_argnums=0)
@@ -112,12 +124,14 @@ def fit(
     validate_every: int,
     save: Callable[[State], None],
     save_every: int,
+    watch: Callable[[int, Sums], None] = lambda step, sums: None,
 ) -> State:
     """Updates until `num_steps`, from batches that start at the state's own step.
 
     `report(step, metrics, seconds, waited)` gets the sums since the last report, read one step
     late so that the device never waits for the host, with the wall time and the seconds spent
-    waiting for batches. Raises Interrupted after a signal, once the state is saved.
+    waiting for batches. Before that, `watch(step, metrics)` sees each of these steps alone; what it
+    raises ends training. Raises Interrupted after a signal, once the state is saved.
     """
     done = int(state.step)
     pending: list = []
@@ -134,7 +148,10 @@ def fit(
             if done % report_every == 0 or done == num_steps:
                 ready = pending if done == num_steps else pending[:-1]
                 if ready:
-                    sums = sum_metrics(jax.device_get(ready))
+                    ready = jax.device_get(ready)
+                    for number, values in enumerate(ready, start=done - len(pending) + 1):
+                        watch(number, values)
+                    sums = sum_metrics(ready)
                     now = time.perf_counter()
                     report(done - len(pending) + len(ready), sums, now - since, waited)
                     pending, waited, since = pending[len(ready) :], 0.0, now

@@ -14,10 +14,13 @@ FILES = sorted((ROOT / "hubert_jax").rglob("*.py"))
 FLOORS = (
     ("ops",),
     ("data",),
-    ("processes", "sharding", "weights", "optim", "logs", "train", "config_files"),
+    (
+        *("processes", "sharding", "weights", "optim", "logs", "train", "config_files"),
+        *("watch", "locks"),
+    ),
     ("layers", "model", "heads", "pretraining", "checkpoints", "extract", "encode", "frame_files"),
     ("interchange",),
-    ("parity", "bench", "planning"),
+    ("parity", "bench", "planning", "doctor"),
     ("stages",),
     ("", "cli"),  # "": the package itself
 )

@@ -122,7 +122,9 @@ def test_more_rungs_crop_less_of_librispeech():
 
 def test_a_made_work_folder_is_one_that_training_takes(tmp_path):
     workdir = epath.Path(tmp_path)
-    split, store = pipeline.make_work(workdir, utterances={"train": 8, "validation": 2}, num_codes=9)
+    split, store = pipeline.make_work(
+        workdir, utterances={"train": 8, "validation": 2}, num_codes=9
+    )
     corpus = Corpus(workdir / "corpus")
     labels = pretrain.open_labels(workdir, (str(workdir / pipeline.LABELS),), corpus)
     assert labels["train"][0].ids == split.ids == store.ids

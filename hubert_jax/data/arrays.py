@@ -37,12 +37,12 @@ class Store:
     def _open(self, folder: epath.Path, card: cards.Card) -> None:
         self.folder = folder
         self.card = card
-        self.width: int | None = card["width"]
-        self.dtype = np.dtype(card["dtype"])
-        with np.load(places.local(folder / "index.npz")) as index:
-            self.ids: list[str] = index["ids"].tolist()
-            self._offsets: np.ndarray = index["offsets"]
-            self._shards: np.ndarray = index["shards"]
+        self.width, self.dtype = _form(folder / "card.json", card)
+        index = cards.read_arrays(folder / "index.npz", {"ids": "U", "offsets": "i", "shards": "i"})
+        self.ids: list[str] = index["ids"].tolist()
+        self._offsets: np.ndarray = index["offsets"]
+        self._shards: np.ndarray = index["shards"]
+        _check_index(folder / "index.npz", len(self.ids), self._offsets, self._shards)
         self._positions = {id_: position for position, id_ in enumerate(self.ids)}
         self._memmaps: dict[int, np.ndarray] = {}
         for shard in range(self.num_shards):
@@ -91,6 +91,18 @@ class Store:
     def shard_ids(self, shard: int) -> list[str]:
         """The utterances of one shard, in the order of its rows."""
         return self.ids[self._shards[shard] : self._shards[shard + 1]]
+
+    def check(self) -> None:
+        """Reads every shard and compares it with the card. Raises ValueError naming the damaged."""
+        names = [shard_path(self.folder, n, self.num_shards).name for n in range(self.num_shards)]
+        digests = self.card.get("shards")
+        for name in names:
+            digest = digests.get(name) if isinstance(digests, dict) else None
+            if cards.digest(self.folder / name) != digest:
+                raise ValueError(
+                    f"{self.folder / name}: is not what its card says: damaged or changed since it"
+                    f" was made; remove {self.folder} and run its stage again"
+                )
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_memmaps": {}}  # worker processes map the files themselves
@@ -247,11 +259,32 @@ def _finish(
     (folder / PLAN).unlink(missing_ok=True)
 
 
+def _form(path: epath.Path, card: cards.Card) -> tuple[int | None, np.dtype]:
+    """(width, dtype) that a card says. Raises ValueError where it is no store's card."""
+    width, dtype = card.get("width"), card.get("dtype")
+    if dtype not in ("int16", "float16", "float32") or not (width is None or type(width) is int):
+        raise ValueError(
+            f"{path}: not the card of arrays: width {width!r}, dtype {dtype!r}; remove"
+            f" {path.parent} and run its stage again"
+        )
+    return width, np.dtype(dtype)
+
+
+def _check_index(path: epath.Path, num: int, offsets: np.ndarray, shards: np.ndarray) -> None:
+    for array, first, last in ((offsets, 0, None), (shards, 0, num)):
+        ends = len(array) > 0 and array[0] == first and (last is None or array[-1] == last)
+        if array.ndim != 1 or not ends or (np.diff(array) < 0).any() or len(offsets) != num + 1:
+            raise ValueError(
+                f"{path}: broken, its positions do not fit together; remove {path.parent} and run"
+                " its stage again"
+            )
+
+
 def _read_shard(path: epath.Path, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
     try:
         # An empty file cannot be mapped.
         array = np.load(places.local(path), mmap_mode="r" if shape[0] else None)
-    except (FileNotFoundError, EOFError, ValueError) as error:
+    except cards.DAMAGED as error:
         raise ValueError(
             f"{path}: missing or broken ({error}); remove {path.parent} and run its stage again"
         ) from error

@@ -24,6 +24,9 @@ BLOCK_SECONDS = 60
 QUIET_WINDOW = frames.SAMPLE_RATE // 5  # 0.2 s: a pause between words, not a stop's closure
 QUIET_STEP = frames.SAMPLE_RATE // 100
 MAX_FLAC_OVERHEAD = 2**14  # bytes; libFLAC itself leaves 8 KiB of padding
+BLOCK_VALUES = 2**25  # of all channels, in a block; 60 s of stereo at 192 kHz are fewer
+MAX_CHANNELS = 64
+RATES = (1_000, 1_000_000)  # Hz; what says another rate has a damaged header
 UNKNOWN_LENGTH = 2**62  # libsndfile's answer for a stream of unknown length is near 2**63
 
 
@@ -33,9 +36,13 @@ class Rejected(Exception):
 
 def open_file(file: BinaryIO) -> soundfile.SoundFile:
     try:
-        return soundfile.SoundFile(file)
+        sound = soundfile.SoundFile(file)
     except (soundfile.SoundFileError, OSError) as error:
         raise Rejected(f"unreadable: {_reason(error)}") from error
+    if sound.channels > MAX_CHANNELS or not RATES[0] <= sound.samplerate <= RATES[1]:
+        sound.close()
+        raise Rejected(f"unreadable: {sound.channels} channels at {sound.samplerate} Hz")
+    return sound
 
 
 def pieces(sound: soundfile.SoundFile, max_samples: int) -> Iterator[tuple[int, np.ndarray]]:
@@ -53,14 +60,15 @@ def blocks(sound: soundfile.SoundFile) -> Iterator[np.ndarray]:
         resampler = soxr.ResampleStream(
             sound.samplerate, frames.SAMPLE_RATE, num_channels=1, dtype="float32", quality="HQ"
         )
+    block = min(BLOCK_SECONDS * sound.samplerate, BLOCK_VALUES // sound.channels)
     num_read, is_last = 0, False
     while not is_last:
         try:
-            block_IC = sound.read(BLOCK_SECONDS * sound.samplerate, dtype="float32", always_2d=True)
+            block_IC = sound.read(block, dtype="float32", always_2d=True)
         except (soundfile.SoundFileError, OSError) as error:
             seconds = num_read // sound.samplerate
             raise Rejected(f"unreadable: after {seconds} s or later, {_reason(error)}") from error
-        is_last = len(block_IC) < BLOCK_SECONDS * sound.samplerate
+        is_last = len(block_IC) < block
         num_read += len(block_IC)
         block_S = block_IC[:, 0] if sound.channels == 1 else block_IC.mean(axis=1)
         if not np.isfinite(block_S).all():

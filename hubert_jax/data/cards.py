@@ -16,8 +16,12 @@ import hashlib
 import importlib.metadata
 import json
 import os
+import struct
 import tempfile
-from collections.abc import Iterator
+import tokenize
+import zipfile
+import zlib
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -26,6 +30,14 @@ from etils import epath
 from hubert_jax.data import places
 
 Card = dict[str, Any]
+
+# What numpy, zipfile and zlib raise for a damaged .npz, among them MemoryError for a shape that no
+# machine could hold.
+DAMAGED = (
+    OSError, EOFError, ValueError, KeyError, TypeError, AttributeError, IndexError, SyntaxError,
+    MemoryError, OverflowError, NotImplementedError, RuntimeError, struct.error,
+    tokenize.TokenError, zipfile.BadZipFile, zlib.error,
+)  # fmt: skip
 
 
 def new(kind: str, *, made_from: Card, **results: Any) -> Card:
@@ -42,13 +54,48 @@ def write(path: epath.PathLike, card: Card) -> None:
 def read(path: epath.PathLike) -> Card:
     path = epath.Path(path)
     try:
-        return json.loads(path.read_text())
+        card = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise FileNotFoundError(
             f"{path}: no card; the stage that makes {path.parent} has not run, or did not finish"
         ) from error
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:  # not JSON, or not UTF-8
         raise ValueError(f"{path}: not a card ({error}); remove {path.parent}") from error
+    if not isinstance(card, dict) or not isinstance(card.get("made_from", {}), dict):
+        raise ValueError(f"{path}: not a card, it holds {str(card)[:40]!r}; remove {path.parent}")
+    return card
+
+
+def read_text(path: epath.PathLike) -> str:
+    """A UTF-8 file. Raises ValueError naming it where it is not one."""
+    try:
+        return epath.Path(path).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8 text ({error})") from error
+
+
+def read_arrays(path: epath.PathLike, kinds: Mapping[str, str]) -> dict[str, np.ndarray]:
+    """The arrays of an .npz that we wrote; `kinds` are the letters of their dtypes, by name.
+
+    Raises ValueError where the file is damaged (.npz has checksums of its own) or lacks one.
+    """
+    path = epath.Path(path)
+    try:
+        with np.load(os.fspath(path), allow_pickle=False) as found:
+            arrays = {name: found[name] for name in kinds}
+    except FileNotFoundError:
+        raise
+    except DAMAGED as error:
+        raise ValueError(
+            f"{path}: damaged ({type(error).__name__}: {str(error)[:200]}); remove {path.parent}"
+            " and run its stage again"
+        ) from error
+    for name, array in arrays.items():
+        if array.dtype.kind not in kinds[name]:
+            raise ValueError(
+                f"{path}: {name} is {array.dtype}; remove {path.parent} and run its stage again"
+            )
+    return arrays
 
 
 def is_made(path: epath.PathLike, wanted: Card, *, option: str = "--workdir") -> bool:

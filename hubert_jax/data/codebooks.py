@@ -45,7 +45,11 @@ def write(
 
 
 def read_card(path: epath.PathLike) -> cards.Card:
-    """The card of a codebook.npz. Raises FileNotFoundError where there is none."""
+    """The card of a codebook.npz.
+
+    Raises FileNotFoundError where there is none, ValueError where the file is not what it was when
+    the card was written.
+    """
     path = epath.Path(path)
     card_path = path.with_suffix(".json")
     if not path.exists() or not card_path.exists():
@@ -55,6 +59,11 @@ def read_card(path: epath.PathLike) -> cards.Card:
         )
     card = cards.read(card_path)
     cards.require(card_path, card, kind="codebook")
+    if cards.digest(path) != card.get("digest"):
+        raise ValueError(
+            f"{path}: is not the codebook of {card_path.name}: one of the two was damaged, edited"
+            " or copied alone; remove both and run hubert cluster (or import codebook) again"
+        )
     return card
 
 

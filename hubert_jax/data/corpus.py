@@ -4,7 +4,8 @@
     FOLDER/speech-train.array_record-00000-of-00064   records: id, audio (FLAC bytes, 16 kHz mono),
                                                       num_samples, speaker, text
     FOLDER/dataset_info.json, features.json           what TFDS needs to know
-    FOLDER/train.npz                                  index: ids, num_samples, speakers, shards
+    FOLDER/train.npz                                  index: ids, num_samples, speakers, shards,
+                                                      digests (8 bytes of each SHA-256 of samples)
     FOLDER/train.phones.npz, train.words.npz          times, where there are any; for scoring only
     FOLDER/rejected.tsv                               what was left out, and why
     FOLDER/card.json                                  written last
@@ -24,6 +25,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+import soundfile
 from array_record.python import array_record_module
 from etils import epath
 
@@ -68,11 +70,13 @@ class Split:
 
     def __init__(self, folder: epath.PathLike, name: str):
         self.folder, self.name = epath.Path(folder), name
-        with np.load(places.local(self.folder / f"{name}.npz")) as index:
-            self.ids: list[str] = index["ids"].tolist()
-            self.num_samples: np.ndarray = index["num_samples"]  # U int64
-            self.speakers: list[str] = index["speakers"].tolist()
-            self._offsets = np.concatenate([[0], np.cumsum(index["shards"])])
+        index = _read_index(self.folder / f"{name}.npz")
+        self.ids: list[str] = index["ids"].tolist()
+        self.num_samples: np.ndarray = index["num_samples"]  # U int64
+        self.speakers: list[str] = index["speakers"].tolist()
+        self._offsets = np.concatenate([[0], np.cumsum(index["shards"])])
+        # U uint64, of the samples; None in a corpus of 0.1.0
+        self.digests: np.ndarray | None = index.get("digests")
         self._paths = shard_paths(self.folder, name, len(self._offsets) - 1)
         self._readers: dict[int, Any] = {}
         self._times: dict[str, alignments.Packed | None] = {}
@@ -86,7 +90,12 @@ class Split:
 
     def audio(self, position: int, start: int = 0, stop: int | None = None) -> np.ndarray:
         """Samples [start, stop) of an utterance, float32 S in [-1, 1]; only these are decoded."""
-        return audio.decode(self.record(position)["audio"], start, stop)
+        flac = self.record(position)["audio"]
+        try:
+            return audio.decode(flac, start, stop)
+        except soundfile.SoundFileError as error:
+            shard = int(np.searchsorted(self._offsets, position, side="right")) - 1
+            raise self._damaged(shard, position, error) from error
 
     def text(self, position: int) -> str:
         return self.record(position)["text"].decode()
@@ -100,8 +109,19 @@ class Split:
     def record(self, position: int) -> dict[str, Any]:
         """An utterance as it is stored; strings are bytes."""
         shard = int(np.searchsorted(self._offsets, position, side="right")) - 1
-        return features().deserialize_example_np(
-            self._reader(shard).read([int(position - self._offsets[shard])])[0]
+        reader = self._reader(shard)
+        try:
+            return features().deserialize_example_np(
+                reader.read([int(position - self._offsets[shard])])[0]
+            )
+        except Exception as error:  # array_record has checksums; its errors are of many kinds
+            raise self._damaged(shard, position, error) from error
+
+    def _damaged(self, shard: int, position: int, error: Exception) -> ValueError:
+        return ValueError(
+            f"{self._paths[shard]}: damaged at utterance {self.ids[position]!r}"
+            f" ({type(error).__name__}: {' '.join(str(error).split())[:200]}); remove {self.folder}"
+            " and run hubert prepare again"
         )
 
     def _reader(self, shard: int):
@@ -129,8 +149,22 @@ class Split:
 
 
 def _load_times(path: epath.Path) -> alignments.Packed:
-    with np.load(places.local(path)) as arrays:
-        return alignments.Packed(arrays)
+    kinds = {"offsets": "i", "starts": "i", "stops": "i", "codes": "i", "names": "U"}
+    return alignments.Packed(cards.read_arrays(path, kinds))
+
+
+def _read_index(path: epath.Path) -> dict[str, np.ndarray]:
+    kinds = {"ids": "U", "num_samples": "i", "speakers": "U", "shards": "i"}
+    index = cards.read_arrays(path, kinds)
+    lengths = {len(index[name]) for name in ("ids", "num_samples", "speakers")}
+    if lengths != {int(index["shards"].sum())} or (index["shards"] < 0).any():
+        raise ValueError(
+            f"{path}: damaged, its arrays have different lengths; remove {path.parent} and run"
+            " hubert prepare again"
+        )
+    with contextlib.suppress(ValueError):  # a corpus of 0.1.0 has none
+        index |= cards.read_arrays(path, {"digests": "u"})
+    return index
 
 
 # Writing: worker processes write shards, `assemble` makes them a data set.
@@ -333,6 +367,7 @@ def _write_index(folder: epath.Path, split: str, shards: Sequence[Shard]) -> dic
         "num_samples": num_samples,
         "speakers": _strings(speakers),
         "shards": np.array([len(shard) for shard in shards], np.int64),
+        "digests": np.concatenate([_short(shard.digests) for shard in shards]),
     }
     _save(folder / f"{split}.npz", index)
     counts = {
@@ -347,6 +382,11 @@ def _write_index(folder: epath.Path, split: str, shards: Sequence[Shard]) -> dic
             arrays = {key: getattr(times, key) for key in alignments.Packed.ARRAYS}
             _save(folder / f"{split}.{kind}.npz", arrays | {"names": _strings(times.names)})
     return counts
+
+
+def _short(digests: np.ndarray) -> np.ndarray:
+    """uint64 of SHA-256s (U, 32): enough to tell the recordings of a corpus apart."""
+    return np.ascontiguousarray(digests.reshape(-1, 32)[:, :8]).view("<u8")[:, 0]
 
 
 def _save(path: epath.Path, arrays: Mapping[str, np.ndarray]) -> None:

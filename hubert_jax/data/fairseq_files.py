@@ -13,7 +13,6 @@ C codes, D width
 import json
 import os
 import shlex
-import zipfile
 from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
@@ -44,7 +43,7 @@ class Manifest(NamedTuple):
 
 def read_manifest(path: epath.PathLike) -> Manifest:
     """A .tsv; a root that is not absolute is taken from the .tsv's folder. Raises ValueError."""
-    lines = epath.Path(path).read_text(encoding="utf-8").splitlines()
+    lines = cards.read_text(path).splitlines()
     if not lines or "\t" in lines[0]:
         raise ValueError(f"{path}: the first line of a manifest is the folder of the audio")
     root = os.path.join(os.path.dirname(os.path.abspath(path)), lines[0].strip())
@@ -131,7 +130,7 @@ def write_labels(path: epath.PathLike, labels: Iterable[np.ndarray]) -> None:
 
 def read_dictionary(path: epath.PathLike) -> int:
     """K, the number of codes. Raises ValueError unless they are 0 to K - 1, in any order."""
-    lines = epath.Path(path).read_text().splitlines()
+    lines = cards.read_text(path).splitlines()
     codes = [line.partition(" ")[0] for line in lines]
     wrong = set(codes) ^ {str(code) for code in range(len(lines))}
     if wrong or not lines:
@@ -254,7 +253,7 @@ def _centers(path: epath.Path) -> np.ndarray:
             if isinstance(loaded, np.ndarray):
                 return loaded
             arrays = dict(loaded)
-        except (ValueError, EOFError, zipfile.BadZipFile) as error:
+        except cards.DAMAGED as error:
             if "allow_pickle" in str(error):
                 raise ValueError(_pickled(path)) from error
             raise ValueError(f"{path}: broken ({error}); copy it again") from error

@@ -71,6 +71,7 @@ def open_features(folder: epath.Path, config: ConfigDict) -> arrays.Store:
         made_from__seed=config.seed,
         made_from__dtype=config.features.dtype,
     )
+    store.check()
     return store
 
 

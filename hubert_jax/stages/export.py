@@ -134,6 +134,7 @@ def export_labels(
     made_from = {"corpus": corpus.card["fingerprint"], "codebook": first["codebook"], "labels": {}}
     manifests = {}
     for name, store in stores.items():
+        store.check()
         cards.require(
             store.folder / "card.json", store.card,
             kind="labels", corpus=corpus.card["fingerprint"],

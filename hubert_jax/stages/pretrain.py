@@ -17,9 +17,18 @@ import jax
 from etils import epath
 from ml_collections import ConfigDict
 
-from hubert_jax import checkpoints, logs, optim, pretraining, processes, sharding, train
+from hubert_jax import (
+    checkpoints,
+    logs,
+    optim,
+    pretraining,
+    processes,
+    sharding,
+    train,
+    watch,
+)
 from hubert_jax.data import arrays, batches, cards
-from hubert_jax.data.corpus import Corpus
+from hubert_jax.data.corpus import Corpus, Split
 from hubert_jax.heads import HeadConfig, Hubert
 from hubert_jax.model import HubertConfig
 from hubert_jax.ops import frames
@@ -153,6 +162,11 @@ def _pretrain(
         ) as metrics,
         logs.Progress(title, settings.num_steps, "steps", done=first_step) as progress,
     ):
+        watching = watch.Watch(
+            title,
+            utterances=lambda step: utterances(corpus.split("train"), plans["train"], step),
+            checkpoint=lambda: newest(saved),
+        )
 
         def report(step: int, sums: train.Sums, seconds: float, waited: float) -> None:
             values = train.means(sums) | {
@@ -163,11 +177,15 @@ def _pretrain(
             }
             metrics.write(step, {f"train/{name}": value for name, value in values.items()})
             progress.advance(step - progress.count, note=_one_line(values))
+            if step > optim_config.warmup_steps:
+                watching.say(step, watch.of_training(values))
 
         def report_validation(state: train.State) -> None:
             step, values = int(state.step), validate(state.model)
             metrics.write(step, {f"validation/{name}": x for name, x in values.items()})
             logs.info(f"{title}: step {step}, validation {_one_line(values)}")
+            if step > optim_config.warmup_steps:
+                watching.say(step, watch.of_validation(values))
 
         train.fit(
             state,
@@ -181,19 +199,30 @@ def _pretrain(
             validate_every=settings.validate_every,
             save=lambda state: saved.save(state, card),
             save_every=saved.config.every,
+            watch=watching.step,
         )
+
+
+def utterances(split: Split, plan: batches.Plan, step: int) -> list[str]:
+    """The ids in the batch of update number `step`."""
+    return [split.ids[n] for n in plan[step - 1].utterances_B.tolist()]
+
+
+def newest(saved: checkpoints.Checkpoints) -> str:
+    """The newest checkpoint, in words."""
+    step = saved.latest_step
+    return "no checkpoint was saved yet" if step is None else str(saved.folder / str(step))
 
 
 def validation(stream: Callable[[], Iterator[tuple[int, Any]]], *, key):
     """A function from a model to its means on `stream()`: the same crops and masks every time."""
 
-    @jax.jit
-    def evaluate(model, batch, key):
-        return pretraining.summary(*pretraining.predict(model, batch, key, None))
+    evaluate = jax.jit(pretraining.evaluate)
 
     def validate(model: Hubert) -> dict[str, float]:
-        sums = [evaluate(model, batch, jax.random.fold_in(key, n)) for n, batch in stream()]
-        return train.means(train.sum_metrics(jax.device_get(sums)))
+        found = [evaluate(model, batch, jax.random.fold_in(key, n)) for n, batch in stream()]
+        sums, usages = zip(*jax.device_get(found), strict=True)
+        return train.means(train.sum_metrics(list(sums))) | watch.usage(list(usages))
 
     return validate
 
@@ -214,6 +243,7 @@ def open_labels(
                 kind="labels", corpus=corpus.card["fingerprint"],
                 codebook=train_store.card["codebook"],
             )  # fmt: skip
+            store.check()
             check_range(store)
         codebook = train_store.folder.parent.parent / "codebook.npz"
         if codebook.exists():  # labels may have been brought here without it

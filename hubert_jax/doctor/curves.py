@@ -1,0 +1,161 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A running job: whether its loss is normal, alone and beside curves of our own runs.
+
+curves.json has runs of ours, [step, masked loss, masked accuracy] of training every 100 steps, with
+the recipe that decides them. A run of the same recipe is held against its curve; any run against
+what all of them have in common.
+"""
+
+import importlib.resources
+import itertools
+import json
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from hubert_jax.doctor.findings import Finding, graded, look, ok
+
+TOLERANCE = 0.1  # of ln K, by which a loss may differ from the curve of the same recipe
+RISE = 0.1  # of the lowest loss, by which a loss may have risen again
+MAX_START = 1.5  # times ln K; untrained logits are not yet small
+TOO_GOOD = 0.9  # masked accuracy that is no prediction but a leak
+ONE_CODE = 1.5  # perplexity
+MAX_WAIT = 0.2  # of the time, spent waiting for batches
+
+
+def stored() -> list[dict[str, Any]]:
+    text = importlib.resources.files("hubert_jax.doctor").joinpath("curves.json").read_text()
+    return json.loads(text)
+
+
+def recipe(config) -> dict[str, Any]:
+    """The fields of a config that decide a curve, as curves.json has them."""
+    return {
+        "kind": config.features.kind, "width": config.model.width,
+        "num_layers": config.model.num_layers, "batch_seconds": config.batch.seconds,
+        "num_steps": config.train.num_steps, "num_codes": config.kmeans.num_codes,
+        "peak_lr": config.optim.peak_lr,
+    }  # fmt: skip
+
+
+def expected(config) -> Finding:
+    """What the loss and the accuracy of a run to come should be."""
+    what = f"curve {config.iteration}: expected"
+    start = math.log(config.kmeans.num_codes)
+    for curve in stored():
+        if curve["recipe"] == recipe(config):
+            step, loss, accuracy = curve["points"][-1]
+            return ok(
+                what,
+                f"masked loss from ln K = {start:.2f} down to {loss:.2f}, masked accuracy up to"
+                f" {accuracy:.2f} at step {step} (our run of this recipe, {curve['name']})",
+            )
+    return ok(
+        what,
+        f"masked loss from ln K = {start:.2f} down; there is no run of ours of this recipe, so no"
+        " accuracy is known",
+    )
+
+
+def of_metrics(config, lines: Sequence[Mapping[str, float]], num_codes: int) -> list[Finding]:
+    """Findings of the metrics of one iteration's training, as far as it is."""
+    title = f"curve {config.iteration}"
+    rows = [line for line in lines if "train/masked_loss" in line]
+    if not rows:
+        return [ok(title, "no step reported yet")]
+    whole = [row for row in rows if math.isfinite(row["train/masked_loss"])]
+    found = [_skipped(title, rows, config.train.report_every)]
+    if not whole:
+        return found
+    last, warm = whole[-1], config.optim.warmup_steps
+    step, loss = int(last["step"]), last["train/masked_loss"]
+    accuracy = last["train/masked_accuracy"]
+    lowest = min(row["train/masked_loss"] for row in whole)
+    first = whole[0]["train/masked_loss"]
+    found += [
+        graded(
+            f"{title}: start",
+            f"masked loss {first:.2f} at step {whole[0]['step']:.0f}, ln K ="
+            f" {math.log(num_codes):.2f}",
+            "head.temperature or head.code_init are unusual, or peak_lr far too high",
+            is_look=first > MAX_START * math.log(num_codes),
+        ),
+        graded(
+            f"{title}: rise",
+            f"masked loss {loss:.2f} at step {step}, its lowest was {lowest:.2f}",
+            "go back to a checkpoint from before the rise and lower optim.peak_lr",
+            is_look=loss > (1 + RISE) * lowest,
+        ),
+        graded(
+            f"{title}: accuracy",
+            f"{accuracy:.3f} of the masked frames",
+            "nobody predicts speech so well: labels that follow the audio's start or a constant"
+            " tone? Listen to it, and look at the labels",
+            is_look=accuracy > TOO_GOOD,
+        ),
+        graded(
+            f"{title}: one code",
+            f"perplexity of predictions {last['train/predicted_perplexity']:.1f}, of labels"
+            f" {last['train/label_perplexity']:.1f}",
+            "past the warm-up, the model knows no more than which code is frequent: lower"
+            " optim.peak_lr; do the labels belong to the audio?",
+            is_look=step > warm
+            and last["train/predicted_perplexity"] <= ONE_CODE < last["train/label_perplexity"] / 2,
+        ),
+        _waiting(title, whole[1:] or whole, config.train.report_every),
+        _beside(title, config, step, loss, num_codes),
+    ]
+    return found
+
+
+def _skipped(title: str, rows: Sequence[Mapping[str, float]], every: int) -> Finding:
+    share = sum(row.get("train/skipped", 0.0) for row in rows) / len(rows)
+    count = round(share * rows[-1]["step"])
+    return graded(
+        f"{title}: skipped",
+        f"{count} steps had a loss or gradient that is not finite",
+        "the log names their utterances: leave those out, or lower optim.peak_lr",
+        is_look=share > 0 or not math.isfinite(rows[-1]["train/masked_loss"]),
+    )
+
+
+def _waiting(title: str, rows: Sequence[Mapping[str, float]], every: int) -> Finding:
+    waited = sum(row.get("train/seconds_waited_for_data", 0.0) for row in rows)
+    rate = [row["train/audio_seconds_per_second"] for row in rows]
+    audio = [row["train/audio_seconds"] for row in rows]
+    steps = [b["step"] - a["step"] for a, b in itertools.pairwise(rows)]
+    lasted = sum(n * a / r for n, a, r in zip([every, *steps], audio, rate, strict=False) if r > 0)
+    share = waited / max(lasted, 1e-9)
+    return graded(
+        f"{title}: waiting",
+        f"{share:.0%} of the time is spent waiting for audio",
+        "raise batch.num_workers and batch.read_ahead, or put the corpus on a faster disk",
+        is_look=share > MAX_WAIT,
+    )
+
+
+def _beside(title: str, config, step: int, loss: float, num_codes: int) -> Finding:
+    what = f"{title}: beside ours"
+    curve = next((c for c in stored() if c["recipe"] == recipe(config)), None)
+    if curve is None:
+        return ok(what, "no run of ours has this recipe")
+    want = at(curve["points"], step)
+    words = f"masked loss {loss:.2f} at step {step}, ours had {want:.2f} ({curve['name']})"
+    if loss - want > TOLERANCE * math.log(num_codes):
+        return look(
+            what, words, "is it other audio? Else see the findings above, on audio and labels"
+        )
+    return ok(what, words)
+
+
+def at(points: Sequence[Sequence[float]], step: int) -> float:
+    """The loss of a curve at `step`, between its points in a straight line."""
+    before = after = points[0]
+    for point in points:
+        before, after = after, point
+        if point[0] >= step:
+            break
+    if step >= after[0] or after[0] == before[0]:
+        return after[1]
+    share = max(0.0, (step - before[0]) / (after[0] - before[0]))
+    return before[1] + share * (after[1] - before[1])

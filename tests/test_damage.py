@@ -1,0 +1,138 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One byte flipped in anything on disk is an error that names the file, never another result."""
+
+import pathlib
+import shutil
+
+import jax
+import numpy as np
+import pytest
+from etils import epath
+
+from hubert_jax import checkpoints, optim, train, weights
+from hubert_jax.data import arrays, codebooks
+from hubert_jax.data.corpus import Corpus
+from hubert_jax.stages import prepare
+from tests import tiny
+from tests.fuzz import readers
+from tests.stages import test_doctor as made
+from tests.test_sharding import OPTIM
+
+
+def flip(path: pathlib.Path, place: float) -> bytes:
+    """Flips a bit of one byte; returns the file as it was."""
+    before = path.read_bytes()
+    data = bytearray(before)
+    data[int(place * len(data))] ^= 4
+    path.write_bytes(data)
+    return before
+
+
+PLACES = (0.02, 0.3, 0.5, 0.77, 0.95)
+
+
+@pytest.mark.parametrize("name", ["shard-00000-of-00002.npy", "shard-00001-of-00002.npy"])
+def test_a_store(tmp_path, name):
+    readers.made_folder(tmp_path)
+    arrays.Store(tmp_path / "store").check()
+    for place in PLACES:
+        before = flip(tmp_path / "store" / name, place)
+        with pytest.raises(ValueError, match=name):
+            arrays.Store(tmp_path / "store").check()
+        (tmp_path / "store" / name).write_bytes(before)
+
+
+def test_a_codebook(tmp_path):
+    readers.made_folder(tmp_path)
+    path = epath.Path(tmp_path / "codebook" / "codebook.npz")
+    codebooks.read_card(path)
+    for place in PLACES:
+        before = flip(pathlib.Path(path), place)
+        with pytest.raises(ValueError, match=r"codebook\.npz: is not the codebook of"):
+            codebooks.read_card(path)
+        pathlib.Path(path).write_bytes(before)
+
+
+def test_a_corpus(tmp_path):
+    """Every utterance is the one it was, or there is an error; and most flips are errors."""
+    made.write_audio(tmp_path / "audio")
+    workdir = epath.Path(tmp_path / "work")
+    prepare.run(made.get_config(tmp_path / "audio"), workdir)
+    (path,) = pathlib.Path(workdir / "corpus").glob("speech-validation*")
+
+    def read():
+        split = Corpus(workdir / "corpus").split("validation")
+        return [split.audio(n) for n in range(len(split))]
+
+    whole, num_errors = read(), 0
+    for place in np.linspace(0.05, 0.95, 10):
+        before = flip(path, place)
+        try:
+            found = read()
+        except ValueError as error:
+            num_errors += 1
+            assert path.name in str(error) and "hubert prepare again" in str(error)
+        else:
+            for got, want in zip(found, whole, strict=True):
+                np.testing.assert_array_equal(got, want)
+        path.write_bytes(before)
+    assert num_errors > 5  # the others lie in padding
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A folder with one checkpoint."""
+    folder = tmp_path_factory.mktemp("damage") / "checkpoints"
+    state = train.init_state(tiny.model(), optim.adamw(OPTIM, num_steps=10))
+    keep = checkpoints.CheckpointConfig(every=1, keep_last=1, keep_every=0)
+    manager = checkpoints.Checkpoints(folder, keep)
+    facts = weights_card()
+    manager.save(state._replace(step=jax.numpy.int32(1)), facts)
+    manager.close()
+    return folder
+
+
+def weights_card() -> dict:
+    config, head = tiny.dataclasses.asdict(tiny.BASE), tiny.dataclasses.asdict(tiny.HEAD)
+    return {"kind": "checkpoint", "model": config, "head": head, "num_codes": [12]}
+
+
+def test_a_checkpoint(saved, tmp_path):
+    """In each of its larger files, at several places: the same weights, or an error."""
+    whole = weights.to_named(checkpoints.load_model(saved)[0])
+    files = [p for p in (saved / "1" / "params").rglob("*") if p.is_file() and "/d/" in str(p)]
+    assert files
+    num_errors = 0
+    for file in files:
+        for place in PLACES:
+            folder = tmp_path / "again"
+            shutil.copytree(saved, folder)
+            flip(folder / file.relative_to(saved), place)
+            try:
+                found = weights.to_named(checkpoints.load_model(folder)[0])
+            except ValueError as error:
+                num_errors += 1
+                assert str(folder) in str(error) and "damaged" in str(error)
+            else:
+                for name, want in whole.items():
+                    np.testing.assert_array_equal(found[name], want, err_msg=name)
+            shutil.rmtree(folder)
+    assert num_errors
+
+
+def test_checksums_see_any_value_change_place_or_bit_and_not_the_layout():
+    array = np.arange(24, dtype=np.float32).reshape(2, 3, 4)
+    want = weights.checksums({"a": array})["a"]
+    mesh = jax.make_mesh((2,), ("x",))
+    for spec in (jax.P("x"), jax.P(None, None, "x"), jax.P()):
+        placed = jax.device_put(array, jax.NamedSharding(mesh, spec))
+        assert weights.checksums({"a": placed})["a"] == want
+    others = [array.swapaxes(0, 0)[::-1].copy()]
+    for place in (0, 7, 23):
+        for bit in (0, 13, 31):
+            changed = array.copy().reshape(-1)
+            changed.view(np.uint32)[place] ^= np.uint32(1 << bit)
+            others.append(changed.reshape(array.shape))
+    assert all(weights.checksums({"a": other})["a"] != want for other in others)
+    for dtype in (jax.numpy.bfloat16, np.float16, np.int32):
+        assert weights.checksums({"a": array.astype(dtype)})["a"] > 0

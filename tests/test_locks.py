@@ -1,0 +1,105 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One run at a time: who holds a work directory, and when a lock is stale."""
+
+import json
+import os
+import pathlib
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+
+from hubert_jax import locks
+
+HOLD = """
+import sys, time
+from hubert_jax import locks
+with locks.held(sys.argv[1], "hubert run --workdir=W"):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+def hold(folder):
+    """A process that holds the lock of `folder`."""
+    env = {**os.environ, "PYTHONPATH": str(pathlib.Path(__file__).parents[1])}
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(folder)], stdout=subprocess.PIPE, text=True, env=env
+    )
+    assert process.stdout is not None and process.stdout.readline() == "held\n"
+    return process
+
+
+def test_a_second_run_is_refused_with_the_first_ones_name_and_a_killed_one_is_taken_over(
+    tmp_path, capsys
+):
+    first = hold(tmp_path)
+    try:
+        with pytest.raises(locks.Held) as refused, locks.held(tmp_path, "second"):
+            pass
+        for part in (f"process {first.pid}", socket.gethostname(), time.strftime("%Y-%m-%d")):
+            assert part in str(refused.value)
+        owner = locks.owner_of(tmp_path)
+        assert owner is not None and owner["process"] == first.pid
+    finally:
+        first.kill()
+        first.wait()
+    assert (tmp_path / locks.NAME).exists() and locks.owner_of(tmp_path) is None
+    with locks.held(tmp_path, "second"):
+        assert json.loads((tmp_path / locks.NAME).read_text())["process"] == os.getpid()
+    assert "taken over" in capsys.readouterr().out
+    assert not any(tmp_path.iterdir())
+
+
+def other_host(folder, age):
+    path = folder / locks.NAME
+    path.write_text(json.dumps({"host": "elsewhere", "process": 1, "born": "1", "since": "then"}))
+    os.utime(path, (time.time() - age,) * 2)
+
+
+def test_a_run_on_another_host_counts_as_gone_once_its_heartbeat_stopped(tmp_path):
+    other_host(tmp_path, locks.STALE - 60)
+    with (
+        pytest.raises(locks.Held, match="process 1 on elsewhere since then"),
+        locks.held(tmp_path, "second"),
+    ):
+        pass
+    other_host(tmp_path, locks.STALE + 60)
+    with locks.held(tmp_path, "second"):
+        pass
+
+
+def test_a_process_number_that_is_used_again_is_another_process(tmp_path):
+    lock = {"host": socket.gethostname(), "process": os.getpid(), "born": "1"}
+    (tmp_path / locks.NAME).write_text(json.dumps(lock))
+    with locks.held(tmp_path, "second"):
+        pass
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"host": 3}'])
+def test_a_lock_that_says_nothing_is_stale_at_the_latest_after_a_while(tmp_path, text):
+    path = tmp_path / locks.NAME
+    path.write_text(text)
+    os.utime(path, (time.time() - locks.STALE - 60,) * 2)
+    with locks.held(tmp_path, "second"):
+        pass
+
+
+def test_the_heartbeat_goes_on_while_the_lock_is_held(tmp_path, monkeypatch):
+    monkeypatch.setattr(locks, "HEARTBEAT", 0.01)
+    with locks.held(tmp_path, "run"):
+        path = tmp_path / locks.NAME
+        os.utime(path, (0, 0))
+        for _ in range(500):
+            if path.stat().st_mtime > 0:
+                break
+            time.sleep(0.01)
+        assert path.stat().st_mtime > 0
+
+
+def test_an_error_within_gives_the_folder_back(tmp_path):
+    with pytest.raises(RuntimeError), locks.held(tmp_path, "run"):
+        raise RuntimeError
+    assert not any(tmp_path.iterdir())
