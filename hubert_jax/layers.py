@@ -178,7 +178,7 @@ def random_bits(key, shape: tuple[int, ...]):
     A hash of where the element is instead of jax.random's Threefry, which on CPU takes ten times as
     long as the softmax whose result it drops. Good enough for dropout; masks are drawn elsewhere.
     """
-    seeds = jax.random.bits(key, 2)
+    seeds = jax.random.bits(key, (2,))
     row = jnp.zeros((*shape[:-1], 1), jnp.uint32)
     for axis, size in enumerate(shape[:-1]):
         row = row * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, row.shape, axis)

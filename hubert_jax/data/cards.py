@@ -81,7 +81,7 @@ def read_arrays(path: epath.PathLike, kinds: Mapping[str, str]) -> dict[str, np.
     """
     path = epath.Path(path)
     try:
-        with np.load(os.fspath(path), allow_pickle=False) as found:
+        with np.load(places.local(path), allow_pickle=False) as found:
             arrays = {name: found[name] for name in kinds}
     except FileNotFoundError:
         raise
