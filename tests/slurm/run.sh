@@ -20,7 +20,7 @@ flags=(
   --config.corpus.num_workers=1 --config.kmeans.num_codes=25 --config.kmeans.seed_rows=3000
   --config.kmeans.max_passes=2 --config.kmeans.lloyd_passes=2 --config.kmeans.num_restarts=1
   --config.train.num_steps="${STEPS:-60}" --config.train.report_every=5
-  --heartbeat_timeout=600
+  --config.optim.warmup_steps=10 --heartbeat_timeout=600
 )
 
 submit() {
