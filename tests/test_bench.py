@@ -12,10 +12,16 @@ from hubert_jax import config_files
 from hubert_jax.bench import counts, memory, minimal, ours, peers, pipeline, timing
 from hubert_jax.data import batches
 from hubert_jax.data.corpus import Corpus
-from hubert_jax.heads import HeadConfig, Hubert
 from hubert_jax.model import HubertConfig
 from hubert_jax.optim import OptimConfig
 from hubert_jax.stages import bench, pretrain
+from tests import tiny
+
+OPTIMIZER = OptimConfig(**config_files.load("configs/demo.py").optim)
+TINY = [
+    f"--config.model.{field}={getattr(tiny.BASE, field)}"
+    for field in ("conv_width", "width", "ffn_width", "num_layers", "position_groups")
+]
 
 
 @pytest.mark.parametrize(
@@ -50,7 +56,9 @@ def test_the_median_is_not_the_mean():
 def test_the_command_times_ours_alone_where_nobody_is_installed(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(peers, "installed", lambda *packages: False)
     path = tmp_path / "bench.json"
-    bench.main(["mfcc", "checkpoint", "--config=configs/demo.py", "--rounds=1", f"--out={path}"])
+    bench.main(
+        ["mfcc", "checkpoint", "--config=configs/demo.py", *TINY, "--rounds=1", f"--out={path}"]
+    )
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
     rows = json.loads(path.read_text())["rows"]
     assert [row["who"] for row in rows] == ["hubert_jax"] * 3
@@ -71,10 +79,8 @@ def test_only_names_one_who_is_there():
 
 def test_the_parts_begin_with_the_whole_step():
     """Timings are compared with the first, and every part is timed both ways."""
-    config = config_files.load("configs/demo.py")
-    model, head = HubertConfig(**config.model), HeadConfig(**config.head)
     wave_BS, labels_BT = ours.audio(1, 0.5, 10)
-    parts = list(ours.parts(model, head, OptimConfig(**config.optim), wave_BS, labels_BT))
+    parts = list(ours.parts(tiny.BASE, tiny.HEAD, OPTIMIZER, wave_BS, labels_BT))
     names = [part.name for part in parts]
     assert names[0] == "whole step" and names[-1] == "clipping and AdamW"
     forward = {name.removesuffix(", forward") for name in names if name.endswith(", forward")}
@@ -83,10 +89,8 @@ def test_the_parts_begin_with_the_whole_step():
 
 
 def test_the_optimiser_part_moves_the_parameters_again_and_again():
-    config = config_files.load("configs/demo.py")
-    model, head = HubertConfig(**config.model), HeadConfig(**config.head)
-    hubert = Hubert(model, head, (10,), key=jax.random.key(0))
-    work = ours._update(OptimConfig(**config.optim), hubert)
+    hubert = tiny.model()
+    work = ours._update(OPTIMIZER, hubert)
     work(), work()  # the second call has what the first one donated
     assert all(not leaf.is_deleted() for leaf in jax.tree.leaves(hubert))
 
@@ -107,11 +111,8 @@ def test_the_largest_batch_is_extrapolated_from_a_probe(monkeypatch, limit, rows
 
 
 def test_the_memory_of_the_state_is_four_float32_per_parameter():
-    config = config_files.load("configs/demo.py")
-    model, head = HubertConfig(**config.model), HeadConfig(**config.head)
-    hubert = Hubert(model, head, (100,), key=jax.random.key(0))
-    size = sum(leaf.nbytes for leaf in jax.tree.leaves(hubert))
-    assert memory.state_bytes(model, head, 100) == 4 * size
+    size = sum(leaf.nbytes for leaf in jax.tree.leaves(tiny.model()))
+    assert memory.state_bytes(tiny.BASE, tiny.HEAD, 12) == 4 * size
 
 
 def test_more_rungs_crop_less_of_librispeech():
@@ -122,7 +123,9 @@ def test_more_rungs_crop_less_of_librispeech():
 
 def test_a_made_work_folder_is_one_that_training_takes(tmp_path):
     workdir = epath.Path(tmp_path)
-    split, store = pipeline.make_work(workdir, utterances={"train": 8, "validation": 2}, num_codes=9)
+    split, store = pipeline.make_work(
+        workdir, utterances={"train": 8, "validation": 2}, num_codes=9
+    )
     corpus = Corpus(workdir / "corpus")
     labels = pretrain.open_labels(workdir, (str(workdir / pipeline.LABELS),), corpus)
     assert labels["train"][0].ids == split.ids == store.ids
