@@ -4,7 +4,8 @@
 #   launch/bench_gpu.sh              results in ./bench_out
 #   OUT=/results launch/bench_gpu.sh
 #   SMALL=1 launch/bench_gpu.sh      the same parts on a CPU, small: does the script work?
-# PARTS=REGEX runs the parts whose names match. WHEELS=FOLDER installs the wheels there first, below OUT: for a machine without a network.
+# PARTS=REGEX runs the parts whose names match. WHEELS=FOLDER installs the wheels there first, below
+# OUT: for a machine without a network.
 #
 # Each part is a process of its own with its own time limit (torch and JAX would otherwise share the
 # GPU's memory, and one failure would take the rest with it) and leaves NAME.log and NAME.json. What

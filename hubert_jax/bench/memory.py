@@ -7,6 +7,7 @@ contenders on one CPU, cannot be told apart.
 
 import gc
 import math
+import os
 import resource
 import sys
 from collections.abc import Callable
@@ -44,8 +45,6 @@ def limit() -> int:
 
 
 def _machine_bytes() -> int:
-    import os
-
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 

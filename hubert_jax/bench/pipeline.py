@@ -114,7 +114,7 @@ def noise(num_samples: int, *, seed: tuple[int, ...]) -> np.ndarray:
     low = 300 * 1.3 ** np.arange(8)[:, None]
     colours = 1 / (1 + (frequencies / low) ** 2) + 0.3 / (1 + ((frequencies - 4 * low) / 150) ** 2)
     wave_IS = np.fft.irfft(np.fft.rfft(white_IS) * colours[kinds_I], length)
-    wave_IS *= (0.02 * 1.25**kinds_I / wave_IS.std(axis=1))[:, None]
+    wave_IS *= (0.008 * 1.25**kinds_I / wave_IS.std(axis=1))[:, None]
     return audio.to_int16(wave_IS.reshape(-1)[:num_samples])
 
 

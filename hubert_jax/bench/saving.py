@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """How long saving a checkpoint holds training up, and how long until it is on disk."""
 
+import pathlib
 import time
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -54,4 +55,5 @@ def _at(state: train.State, step: int) -> train.State:
 
 
 def _num_bytes(folder: epath.Path) -> int:
-    return sum(path.stat().length for path in folder.rglob("*") if path.is_file())
+    files = pathlib.Path(folder).rglob("*")
+    return sum(path.stat().st_size for path in files if path.is_file())
