@@ -152,8 +152,8 @@ def fit(
 def assign(features_ND: jax.Array, centers_CD: jax.Array) -> jax.Array:
     """The nearest centre of every row, int32 N; of equally near ones the first.
 
-    On a CPU a chunk at a time, whose distances stay in its cache. Elsewhere, where rows may be split
-    over devices, it holds N x C distances: call it on a batch. Under jit.
+    On a CPU a chunk at a time, whose distances stay in its cache. Elsewhere, where rows may be
+    split over devices, it holds N x C distances: call it on a batch. Under jit.
     """
     offset_D = jnp.mean(centers_CD, axis=0)
     shifted_CD = centers_CD - offset_D
