@@ -71,11 +71,12 @@ def evaluate(model: Hubert, batch, mask_key) -> tuple[dict[str, tuple], list[Usa
     for g, logits_BTC in enumerate(logits):
         num_codes = logits_BTC.shape[-1]
         weights_BT = jnp.broadcast_to(batch["weights"][:, None], mask_BT.shape)
-        counts = [
+        labelled_C, predicted_C = (
             jnp.zeros(num_codes).at[codes_BT].add(weights_BT)
             for codes_BT in (batch["labels"][..., g], jnp.argmax(logits_BTC, axis=-1))
-        ]
-        usages.append(Usage(*counts, jnp.mean(jnp.std(logits_BTC, axis=(0, 1)))))
+        )
+        spread = jnp.mean(jnp.std(logits_BTC, axis=(0, 1)))
+        usages.append(Usage(labelled_C, predicted_C, spread))
     return summary(_predictions(logits, mask_BT, batch), penalty), usages
 
 
