@@ -55,8 +55,12 @@ def checksums(arrays: Mapping[str, Array]) -> dict[str, int]:
     Each value's bits times an odd number that tells its place, added up modulo 2^32; computed where
     the arrays are.
     """
-    found = jax.device_get(_checksums(dict(arrays)))
-    return {name: int(value) for name, value in found.items()}
+    together: dict[frozenset, dict[str, Array]] = {}  # one program wants its arrays on one set
+    for name, array in arrays.items():
+        devices = frozenset(array.sharding.device_set if isinstance(array, jax.Array) else ())
+        together.setdefault(devices, {})[name] = array
+    found = jax.device_get([_checksums(part) for part in together.values()])
+    return {name: int(value) for part in found for name, value in part.items()}
 
 
 @jax.jit

@@ -258,6 +258,11 @@ class Shard:
     def __len__(self) -> int:
         return len(self.ids)
 
+    @property
+    def short_digests(self) -> np.ndarray:
+        """U uint64: enough to tell the recordings of a corpus apart."""
+        return np.ascontiguousarray(self.digests.reshape(-1, 32)[:, :8]).view("<u8")[:, 0]
+
 
 def assemble(folder: epath.Path, splits: Mapping[str, Sequence[Shard]]) -> dict[str, Any]:
     """Makes finished shards the TFDS data set in `folder`; returns the numbers for its card.
@@ -367,7 +372,7 @@ def _write_index(folder: epath.Path, split: str, shards: Sequence[Shard]) -> dic
         "num_samples": num_samples,
         "speakers": _strings(speakers),
         "shards": np.array([len(shard) for shard in shards], np.int64),
-        "digests": np.concatenate([_short(shard.digests) for shard in shards]),
+        "digests": np.concatenate([shard.short_digests for shard in shards]),
     }
     _save(folder / f"{split}.npz", index)
     counts = {
@@ -382,11 +387,6 @@ def _write_index(folder: epath.Path, split: str, shards: Sequence[Shard]) -> dic
             arrays = {key: getattr(times, key) for key in alignments.Packed.ARRAYS}
             _save(folder / f"{split}.{kind}.npz", arrays | {"names": _strings(times.names)})
     return counts
-
-
-def _short(digests: np.ndarray) -> np.ndarray:
-    """uint64 of SHA-256s (U, 32): enough to tell the recordings of a corpus apart."""
-    return np.ascontiguousarray(digests.reshape(-1, 32)[:, :8]).view("<u8")[:, 0]
 
 
 def _save(path: epath.Path, arrays: Mapping[str, np.ndarray]) -> None:
