@@ -49,7 +49,7 @@ def rows(
     ]  # fmt: skip
 
 
-def text(found: Sequence[Row]) -> str:
+def printed(found: Sequence[Row]) -> str:
     """The table in Markdown, without columns that are empty."""
     lines = [HEADER, *map(_cells, found)]
     columns = [column for column in zip(*lines, strict=True) if any(column[1:])]

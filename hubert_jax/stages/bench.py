@@ -60,7 +60,7 @@ def main(argv: Sequence[str]) -> None:
     for name in names or WORK:
         made = WORK[name](config, args)
         rows += with_memory(made, name, argv) if args.memory else made
-    print(table.text(rows))
+    print(table.printed(rows))
     if args.out:
         table.write(args.out, rows, vars(args))
 
