@@ -5,6 +5,7 @@ A name is the path through the modules, "encoder.layers.ffn_in.kernel"; stacked 
 leading layer axis.
 """
 
+import contextlib
 import hashlib
 from collections.abc import Mapping
 
@@ -55,12 +56,24 @@ def checksums(arrays: Mapping[str, Array]) -> dict[str, int]:
     Each value's bits times an odd number that tells its place, added up modulo 2^32; computed where
     the arrays are.
     """
-    together: dict[frozenset, dict[str, Array]] = {}  # one program wants its arrays on one set
+    together: dict[jax.sharding.Mesh | None, dict[str, Array]] = {}
     for name, array in arrays.items():
-        devices = frozenset(array.sharding.device_set if isinstance(array, jax.Array) else ())
-        together.setdefault(devices, {})[name] = array
-    found = jax.device_get([_checksums(part) for part in together.values()])
-    return {name: int(value) for part in found for name, value in part.items()}
+        together.setdefault(_mesh_of(array), {})[name] = array
+    found = []
+    for mesh, part in together.items():  # one program wants its arrays on the mesh in use
+        with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
+            found.append(_checksums(part))
+    return {name: int(value) for part in jax.device_get(found) for name, value in part.items()}
+
+
+def _mesh_of(array: Array) -> jax.sharding.Mesh | None:
+    """The mesh that an array lies on, one of a single device among them; None for numpy's."""
+    if not isinstance(array, jax.Array):
+        return None
+    mesh = getattr(array.sharding, "mesh", None)
+    if isinstance(mesh, jax.sharding.Mesh):
+        return mesh
+    return jax.sharding.Mesh(np.array(list(array.sharding.device_set)), ("devices",))
 
 
 @jax.jit
