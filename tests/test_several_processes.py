@@ -135,6 +135,7 @@ def compare(workdir: pathlib.Path, alone: pathlib.Path) -> float:
     return difference
 
 
+@pytest.mark.several_processes
 def test_two_processes_make_what_one_makes(launch, tmp_path, monkeypatch):
     """The share of each is a real one: two and more shards of everything."""
     quick = ("iterations=('it1',)", f"train.num_steps={NUM_QUICK_STEPS}")
