@@ -78,6 +78,16 @@ def abstract_mesh(*, data: int, fsdp: int, tensor: int) -> AbstractMesh:
     return AbstractMesh((data, fsdp, tensor), MESH_AXES, axis_types=(AxisType.Auto,) * 3)
 
 
+def mesh_of(array: jax.Array | np.ndarray) -> Mesh | None:
+    """The mesh that an array lies on, one of a single device among them; None for numpy's."""
+    if not isinstance(array, jax.Array):
+        return None
+    mesh = getattr(array.sharding, "mesh", None)
+    if isinstance(mesh, Mesh):
+        return mesh
+    return make_mesh(data=-1, fsdp=1, tensor=1, devices=list(array.sharding.device_set))
+
+
 def islands(devices: Sequence[Any]) -> tuple[int, str]:
     """How many groups of devices with a fast network inside, and the attribute that tells them.
 

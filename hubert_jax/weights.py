@@ -8,10 +8,13 @@ leading layer axis.
 import contextlib
 import hashlib
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+from hubert_jax import sharding
 
 Array = jax.Array | np.ndarray
 
@@ -56,24 +59,14 @@ def checksums(arrays: Mapping[str, Array]) -> dict[str, int]:
     Each value's bits times an odd number that tells its place, added up modulo 2^32; computed where
     the arrays are.
     """
-    together: dict[jax.sharding.Mesh | None, dict[str, Array]] = {}
+    together: dict[Any, dict[str, Array]] = {}
     for name, array in arrays.items():
-        together.setdefault(_mesh_of(array), {})[name] = array
+        together.setdefault(sharding.mesh_of(array), {})[name] = array
     found = []
     for mesh, part in together.items():  # one program wants its arrays on the mesh in use
         with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
             found.append(_checksums(part))
     return {name: int(value) for part in jax.device_get(found) for name, value in part.items()}
-
-
-def _mesh_of(array: Array) -> jax.sharding.Mesh | None:
-    """The mesh that an array lies on, one of a single device among them; None for numpy's."""
-    if not isinstance(array, jax.Array):
-        return None
-    mesh = getattr(array.sharding, "mesh", None)
-    if isinstance(mesh, jax.sharding.Mesh):
-        return mesh
-    return jax.sharding.Mesh(np.array(list(array.sharding.device_set)), ("devices",))
 
 
 @jax.jit
