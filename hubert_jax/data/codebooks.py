@@ -59,7 +59,7 @@ def read_card(path: epath.PathLike) -> cards.Card:
         )
     card = cards.read(card_path)
     cards.require(card_path, card, kind="codebook")
-    if "digest" in card and cards.digest(path) != card["digest"]:  # absent in those of 0.1.0
+    if cards.digest(path) != card.get("digest"):
         raise ValueError(
             f"{path}: is not the codebook of {card_path.name}: one of the two was damaged, edited"
             " or copied alone; remove both and run hubert cluster (or import codebook) again"

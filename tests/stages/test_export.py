@@ -131,7 +131,10 @@ def write_codebook(path, checkpoint, *, layer, encoder=None):
         facts["checkpoint"]["encoder"] = encoder
     centers_CD = np.random.default_rng(0).normal(size=(5, WIDTH)).astype(np.float32)
     np.savez(path, centers_CD=centers_CD)
-    cards.write(path.with_suffix(".json"), cards.new("codebook", made_from={}, source=facts))
+    cards.write(
+        path.with_suffix(".json"),
+        cards.new("codebook", made_from={}, source=facts, digest=cards.digest(path)),
+    )
     return path, centers_CD
 
 

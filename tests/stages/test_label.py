@@ -40,7 +40,8 @@ def write_codebook(workdir, corpus, *, seed, num_codes=NUM_CODES, source=None) -
     (workdir / "it1").mkdir(exist_ok=True)
     np.savez(workdir / "it1" / "codebook.npz", centers_CD=centers_CD)
     source = source or {"kind": "mfcc"}
-    card = cards.new("codebook", made_from={}, source=source, num_codes=num_codes)
+    digest = cards.digest(workdir / "it1" / "codebook.npz")
+    card = cards.new("codebook", made_from={}, source=source, num_codes=num_codes, digest=digest)
     cards.write(workdir / "it1" / "codebook.json", card)
     return centers_CD
 
@@ -118,7 +119,11 @@ def test_codebooks_that_do_not_fit_are_refused_by_field(workdir, memory_corpus):
     with pytest.raises(ValueError, match=r"codebook\.json: source\.checkpoint is .*'\(absent\)'"):
         label.run(config(), workdir)
     np.savez(workdir / "it1" / "codebook.npz", centers_CD=np.zeros((NUM_CODES, 13), np.float32))
-    write_card = cards.new("codebook", made_from={}, source={"kind": "mfcc"}, num_codes=NUM_CODES)
+    digest = cards.digest(workdir / "it1" / "codebook.npz")
+    source = {"kind": "mfcc"}
+    write_card = cards.new(
+        "codebook", made_from={}, source=source, num_codes=NUM_CODES, digest=digest
+    )
     cards.write(workdir / "it1" / "codebook.json", write_card)
     with pytest.raises(ValueError, match=r"centres of shape \(12, 13\), expected \(12, 39\)"):
         label.run(config(), workdir)
