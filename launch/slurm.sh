@@ -30,11 +30,15 @@ on_signal() {
     timer=$!
   fi
 }
-trap 'on_signal USR1' USR1
-trap 'on_signal TERM' TERM
-
+# Until `step` is known a signal is only noted: the timer's start would change $!.
+early=
+trap 'early=USR1' USR1
+trap 'early=TERM' TERM
 srun --kill-on-bad-exit=1 "${HUBERT:-hubert}" "$@" &
 step=$!
+trap 'on_signal USR1' USR1
+trap 'on_signal TERM' TERM
+if [[ $early ]]; then on_signal "$early"; fi
 while true; do
   code=0
   wait "$step" || code=$?

@@ -123,7 +123,6 @@ exit "${CODE:-0}" """,
 }
 
 
-@pytest.mark.several_processes  # its signal can come too early on a loaded machine
 @pytest.mark.parametrize(
     ("signal", "code", "is_requeued"),
     [("USR1", "0", True), ("", "130", True), ("", "143", True), ("", "1", False), ("", "0", False)],
