@@ -6,7 +6,6 @@ Only the stage asked for is imported, and only once its arguments are understood
 
 import argparse
 import ast
-import contextlib
 import importlib
 import importlib.util
 import keyword
@@ -19,6 +18,7 @@ import shlex
 import sys
 import traceback
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 from hubert_jax import config_files, stages
 
@@ -153,15 +153,11 @@ def run_config_stage(stage: str, argv: list[str]) -> None:
             module.run(config, workdir)
 
 
-def one_at_a_time(stage: str, workdir) -> contextlib.AbstractContextManager[None]:
+def one_at_a_time(stage: str, workdir) -> AbstractContextManager[None]:
     """The lock of a work directory, for whatever writes into it; the first process holds it."""
-    import jax
+    from hubert_jax import locks, processes
 
-    from hubert_jax import locks
-
-    if jax.distributed.is_initialized() and jax.process_index() > 0:
-        return contextlib.nullcontext()
-    return locks.held(workdir, f"hubert {stage}")
+    return locks.held(workdir, f"hubert {stage}") if processes.is_first() else nullcontext()
 
 
 def join(args: argparse.Namespace) -> None:

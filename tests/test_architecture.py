@@ -29,7 +29,7 @@ BENCH = "hubert_jax/bench/peers.py"
 MINIMAL = "hubert_jax/bench/minimal.py"
 ONLY_IN: dict[str, tuple[str, ...]] = {
     "orbax": ("hubert_jax/checkpoints.py",),
-    "tensorflow_datasets": ("hubert_jax/data/corpus.py",),
+    "tensorflow_datasets": ("hubert_jax/data/assembly.py", "hubert_jax/data/corpus.py"),
     "espeakng_loader": ("hubert_jax/data/synth.py",),
     "tensorboardX": ("hubert_jax/logs.py",),
     "torch": ("hubert_jax/interchange/tensors.py", "hubert_jax/parity/peers.py", BENCH, MINIMAL),

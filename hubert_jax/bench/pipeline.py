@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from etils import epath
 
-from hubert_jax.data import arrays, audio, batches, cards, corpus
+from hubert_jax.data import arrays, assembly, audio, batches, cards, corpus
 from hubert_jax.ops import frames
 
 # Every twentieth of the lengths of LibriSpeech's train-clean-100 in seconds, read off an utterance
@@ -57,16 +57,16 @@ def make_work(
     """
     shards = {}
     for number, (name, count) in enumerate(utterances.items()):
-        writer = corpus.ShardWriter(folder / "corpus", f"{name}-0")
+        writer = assembly.ShardWriter(folder / "corpus", f"{name}-0")
         for n, num_samples in enumerate(librispeech_lengths(count).tolist()):
             audio_S = noise(num_samples, seed=(number, n))
             digest, flac = hashlib.sha256(audio_S.tobytes()).digest(), audio.encode(audio_S)
             id_ = f"{name}/{n:06d}"
-            record = corpus.Record(id_, flac, num_samples, "noise", "", digest, None, None)
+            record = assembly.Record(id_, flac, num_samples, "noise", "", digest, None, None)
             writer.add([record], [], frames.SAMPLE_RATE)
         writer.finish()
-        shards[name] = [corpus.Shard(folder / "corpus", f"{name}-0")]
-    facts = corpus.assemble(folder / "corpus", shards)
+        shards[name] = [assembly.Shard(folder / "corpus", f"{name}-0")]
+    facts = assembly.assemble(folder / "corpus", shards)
     card = cards.new("corpus", made_from={"noise": utterances}, **facts)
     cards.write(folder / "corpus" / "card.json", card)
     made = corpus.Corpus(folder / "corpus")

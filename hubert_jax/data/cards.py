@@ -21,7 +21,7 @@ import tempfile
 import tokenize
 import zipfile
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -74,15 +74,18 @@ def read_text(path: epath.PathLike) -> str:
         raise ValueError(f"{path}: not UTF-8 text ({error})") from error
 
 
-def read_arrays(path: epath.PathLike, kinds: Mapping[str, str]) -> dict[str, np.ndarray]:
+def read_arrays(
+    path: epath.PathLike, kinds: Mapping[str, str], *, may_lack: Sequence[str] = ()
+) -> dict[str, np.ndarray]:
     """The arrays of an .npz that we wrote; `kinds` are the letters of their dtypes, by name.
 
-    Raises ValueError where the file is damaged (.npz has checksums of its own) or lacks one.
+    Raises ValueError where the file is damaged (.npz has checksums of its own) or lacks one, but
+    for those named in `may_lack`.
     """
     path = epath.Path(path)
     try:
         with np.load(places.local(path), allow_pickle=False) as found:
-            arrays = {name: found[name] for name in kinds}
+            arrays = {n: found[n] for n in kinds if n in found.files or n not in may_lack}
     except FileNotFoundError:
         raise
     except DAMAGED as error:

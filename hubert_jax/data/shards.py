@@ -18,7 +18,7 @@ import soundfile
 from etils import epath
 
 from hubert_jax.data import alignments, audio
-from hubert_jax.data.corpus import Record, ShardWriter
+from hubert_jax.data.assembly import Record, ShardWriter
 from hubert_jax.data.plan import PlannedShard, Task
 from hubert_jax.data.readers import Item, Recording, recordings
 from hubert_jax.data.utterance import Utterance, piece_id

@@ -17,7 +17,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from hubert_jax import logs, processes
-from hubert_jax.data import cards, corpus, readers, shards, workers
+from hubert_jax.data import assembly, cards, corpus, readers, shards, workers
 from hubert_jax.data import plan as planning
 from hubert_jax.data.readers import Listing, Source
 from hubert_jax.ops import frames
@@ -195,16 +195,16 @@ def _make(plan: planning.Plan, settings: CorpusConfig, unfinished: epath.Path) -
 
 def _finish(plan: planning.Plan, settings: CorpusConfig, folder: epath.Path) -> dict[str, Any]:
     """Checks what the shards hold and makes them a data set; returns the numbers for the card."""
-    made: dict[str, list[corpus.Shard]] = {}
+    made: dict[str, list[assembly.Shard]] = {}
     for name in sorted(shard.name for task in plan.tasks for shard in task.shards):
-        made.setdefault(name.split("-")[0], []).append(corpus.Shard(folder / UNFINISHED, name))
+        made.setdefault(name.split("-")[0], []).append(assembly.Shard(folder / UNFINISHED, name))
     every = [shard for split in made.values() for shard in split]
     rejected = plan.rejected + [row for shard in every for row in shard.rejected]
     reasons = collections.Counter(reason.split(":")[0] for _, reason in rejected)
     _write_rejected(folder / "rejected.tsv", rejected)
     _check(made, rejected, reasons, settings, folder)
 
-    numbers = corpus.assemble(folder, {s: made[s] for s in corpus.SPLITS if s in made})
+    numbers = assembly.assemble(folder, {s: made[s] for s in corpus.SPLITS if s in made})
     rates = collections.Counter(rate for shard in every for rate in shard.sample_rates if rate)
     speakers = {split: {s for shard in made[split] for s in shard.speakers} for split in made}
     return {
@@ -217,7 +217,7 @@ def _finish(plan: planning.Plan, settings: CorpusConfig, folder: epath.Path) -> 
 
 
 def _check(
-    made: Mapping[str, Sequence[corpus.Shard]],
+    made: Mapping[str, Sequence[assembly.Shard]],
     rejected: Sequence[tuple[str, str]],
     reasons: Mapping[str, int],
     settings: CorpusConfig,

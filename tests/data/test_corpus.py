@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 from etils import epath
 
-from hubert_jax.data import audio, cards, corpus
-from hubert_jax.data.corpus import Corpus, Record, Shard, ShardWriter
+from hubert_jax.data import assembly, audio, cards, corpus
+from hubert_jax.data.assembly import Record, Shard, ShardWriter
+from hubert_jax.data.corpus import Corpus
 from hubert_jax.data.utterance import Intervals
 
 
@@ -44,7 +45,7 @@ def write(folder, splits):
             writer.finish()
             shard = Shard(folder / "unfinished", f"{split}-{number}")
             made.setdefault(split, []).append(shard)
-    numbers = corpus.assemble(folder, made)
+    numbers = assembly.assemble(folder, made)
     cards.write(folder / "card.json", cards.new("corpus", made_from={}, **numbers))
     return Corpus(folder)
 
@@ -141,7 +142,7 @@ def test_assembling_can_be_repeated(tmp_path):
     names = {"train": ["train-0", "train-1", "train-2"], "validation": ["validation-0"]}
     folder = first.folder / "unfinished"
     again = {split: [Shard(folder, name) for name in names[split]] for split in names}
-    assert corpus.assemble(first.folder, again)["fingerprint"] == first.card["fingerprint"]
+    assert assembly.assemble(first.folder, again)["fingerprint"] == first.card["fingerprint"]
     assert Corpus(first.folder).split("train").text(4) == record(4).text
 
 
@@ -163,9 +164,9 @@ def test_what_is_missing_is_named(made, tmp_path):
 
 def test_a_full_disk_is_explained(monkeypatch, tmp_path):
     """array_record raises a RuntimeError; /dev/full stands for the disk."""
-    real = corpus.array_record_module.ArrayRecordWriter
+    real = assembly.array_record_module.ArrayRecordWriter
     on_full_disk = lambda path, options: real("/dev/full", options)  # noqa: E731
-    monkeypatch.setattr(corpus.array_record_module, "ArrayRecordWriter", on_full_disk)
+    monkeypatch.setattr(assembly.array_record_module, "ArrayRecordWriter", on_full_disk)
     writer = ShardWriter(epath.Path(tmp_path), "train-0")
     with pytest.raises(OSError, match=r"no space left writing .*train-0\.array_record; free"):
         try:
@@ -175,3 +176,18 @@ def test_a_full_disk_is_explained(monkeypatch, tmp_path):
             assert error.errno == errno.ENOSPC
             writer.discard(error)
     assert not list(tmp_path.iterdir())
+
+
+def test_digests_may_be_absent_as_in_older_corpora_but_not_damaged(tmp_path):
+    opened = write(tmp_path, {"validation": VALIDATION})
+    whole = record(5).digest
+    assert opened.split("validation").digests.tolist() == [int.from_bytes(whole[:8], "little")]
+    path = tmp_path / "validation.npz"
+    with np.load(path) as index:
+        arrays = dict(index)
+    np.savez(path, **(arrays | {"digests": np.array(["x"])}))
+    with pytest.raises(ValueError, match=r"validation\.npz: digests"):
+        opened.split("validation")
+    del arrays["digests"]
+    np.savez(path, **arrays)
+    assert opened.split("validation").digests is None
