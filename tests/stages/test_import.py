@@ -12,53 +12,28 @@ import pytest
 import soundfile
 from etils import epath
 
-from hubert_jax import cli, config_files
+from hubert_jax import cli
 from hubert_jax.data import arrays, cards, fairseq_files
 from hubert_jax.data.corpus import Corpus
 from hubert_jax.ops import frames
 from hubert_jax.stages import export, import_, label, prepare, pretrain, run
+from tests import tones
+from tests.tones import DEMO, NUM_CODES
 
-DEMO = pathlib.Path(__file__).parents[2] / "configs" / "demo.py"
-NUM_CODES = 8
-SIZES = [
-    "corpus.num_workers=0", "corpus.num_shards=1", "corpus.validation_share=0.34",
-    f"kmeans.num_codes={NUM_CODES}", "kmeans.seed_rows=400", "kmeans.num_restarts=1",
-    "kmeans.batch_rows=200", "features.batch_seconds=8.0", "features.num_shards=2",
-    "model.conv_width=8", "model.width=16", "model.ffn_width=32", "model.num_layers=1",
-    "model.position_kernel=16", "model.position_groups=2", "head.code_width=8",
-    "batch.seconds=16.0", "batch.rungs=(1.0,)", "batch.min_seconds=1.0", "batch.row_multiple=8",
-    "optim.warmup_steps=1", "train.num_steps=2",
-]  # fmt: skip
+TRAINING = ("batch.seconds=16.0", "train.num_steps=2")
 
 
 @pytest.fixture(scope="module")
 def project(tmp_path_factory):
-    """A folder of six files of tones, and a work directory in which it1 has its labels."""
-    folder = tmp_path_factory.mktemp("project")
-    for n in range(6):
-        rng = np.random.default_rng(n)
-        time = np.arange(4_000) / 16_000
-        tones = [np.sin(2 * np.pi * 200 * 1.4**p * time) for p in rng.integers(0, 8, 10)]
-        audio_S = 0.2 * np.concatenate(tones)[: 40_000 - 100 * n] + 0.01 * rng.normal(
-            size=40_000 - 100 * n
-        )
-        path = folder / "tones" / f"speaker{n % 3}" / f"{n}.{'wav' if n % 2 else 'flac'}"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        soundfile.write(path, audio_S, 16_000)
-        path.with_suffix(".phn").write_text(f"0 8000 a\n8000 {len(audio_S)} b\n")
-    config, workdir = get_config(folder), epath.Path(folder / "work")
-    prepare.run(config, workdir)
-    for stage in run.arrows_of(config, workdir)[:3]:
-        run.walk(stage, config, workdir, place=stage)
-    return folder
+    return tones.make_project(tmp_path_factory.mktemp("project"), *TRAINING)
 
 
 def flags(folder: pathlib.Path, *more: str) -> list[str]:
-    return [f"--config.{field}" for field in (f"corpus.train={folder / 'tones'}", *SIZES, *more)]
+    return tones.flags(folder, *TRAINING, *more)
 
 
 def get_config(folder: pathlib.Path, *more: str):
-    return config_files.load(f"{DEMO}:it1", flags(folder, *more))
+    return tones.get_config(folder, *TRAINING, *more)
 
 
 @pytest.fixture

@@ -10,52 +10,28 @@ import signal
 import jax
 import numpy as np
 import pytest
-import soundfile
 from etils import epath
 
-from hubert_jax import checkpoints, config_files, logs, pretraining, train, weights
+from hubert_jax import checkpoints, logs, pretraining, train, weights
 from hubert_jax.data import batches
 from hubert_jax.data.corpus import Corpus
 from hubert_jax.heads import HeadConfig, Hubert, Weights
 from hubert_jax.interchange import formats
 from hubert_jax.model import HubertConfig
-from hubert_jax.stages import import_, prepare, pretrain, run
+from hubert_jax.stages import import_, pretrain
+from tests import tones
+from tests.tones import NUM_CODES
 
-DEMO = pathlib.Path(__file__).parents[2] / "configs" / "demo.py"
-NUM_CODES = 8
-SIZES = [
-    "corpus.num_workers=0", "corpus.num_shards=1", "corpus.validation_share=0.34",
-    f"kmeans.num_codes={NUM_CODES}", "kmeans.seed_rows=400", "kmeans.num_restarts=1",
-    "kmeans.batch_rows=200", "features.batch_seconds=8.0", "features.num_shards=2",
-    "model.conv_width=8", "model.width=16", "model.ffn_width=32", "model.num_layers=1",
-    "model.position_kernel=16", "model.position_groups=2", "head.code_width=8",
-    "batch.seconds=8.0", "batch.rungs=(1.0,)", "batch.min_seconds=1.0", "batch.row_multiple=8",
-    "optim.warmup_steps=1", "train.num_steps=3", "train.report_every=1",
-]  # fmt: skip
+TRAINING = ("batch.seconds=8.0", "train.num_steps=3", "train.report_every=1")
 
 
 @pytest.fixture(scope="module")
 def project(tmp_path_factory):
-    """A folder of six files of tones, and a work directory in which it1 has its labels."""
-    folder = tmp_path_factory.mktemp("project")
-    for n in range(6):
-        rng = np.random.default_rng(n)
-        time = np.arange(4_000) / 16_000
-        tones = [np.sin(2 * np.pi * 200 * 1.4**p * time) for p in rng.integers(0, 8, 8)]
-        audio_S = 0.2 * np.concatenate(tones) + 0.01 * rng.normal(size=32_000)
-        path = folder / "tones" / f"speaker{n % 3}" / f"{n}.wav"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        soundfile.write(path, audio_S, 16_000)
-    config, workdir = get_config(folder), epath.Path(folder / "work")
-    prepare.run(config, workdir)
-    for stage in run.arrows_of(config, workdir)[:3]:
-        run.walk(stage, config, workdir, place=stage)
-    return folder
+    return tones.make_project(tmp_path_factory.mktemp("project"), *TRAINING)
 
 
 def get_config(folder: pathlib.Path, *more: str):
-    fields = [f"corpus.train={folder / 'tones'}", *SIZES, *more]
-    return config_files.load(f"{DEMO}:it1", [f"--config.{field}" for field in fields])
+    return tones.get_config(folder, *TRAINING, *more)
 
 
 def of_config(config, *, num_codes=(NUM_CODES,), seed=0, **changes) -> Weights:
