@@ -24,6 +24,18 @@ def results(store: arrays.Store, *, split: Split, hop: int, num_codes: int) -> c
     }
 
 
+def check_range(store: arrays.Store) -> None:
+    """Raises ValueError where a label is no code: it would count as a loss without a target."""
+    num_codes = store.card["num_codes"]
+    for shard in range(store.num_shards):
+        labels = store.shard(shard)
+        if len(labels) and not 0 <= labels.min() <= labels.max() < num_codes:
+            raise ValueError(
+                f"{store.folder}: shard {shard} has labels from {labels.min()} to {labels.max()},"
+                f" but there are {num_codes} codes; remove the folder and run hubert label again"
+            )
+
+
 def score(store: arrays.Store, split: Split, *, hop: int, num_codes: int) -> scores.Scores | None:
     """Labels against the phones of a split; None where no frame of it has a phone."""
     phone_ids: dict[str, int] = {}

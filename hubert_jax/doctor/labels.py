@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 from etils import epath
 
-from hubert_jax.data import arrays, batches, cards, codebooks
+from hubert_jax.data import arrays, batches, cards, codebooks, labels
 from hubert_jax.data.corpus import Corpus
 from hubert_jax.doctor.findings import Finding, graded, ok, stop
 from hubert_jax.ops import scores
@@ -77,13 +77,9 @@ def gather(folder: epath.Path, corpus: Corpus, codebook: epath.Path) -> LabelFac
     batches.check_labels(corpus.split(folder.name), store)
     num_codes = int(store.card["num_codes"])
     counts_C, num_runs = np.zeros(num_codes, np.int64), 0
+    labels.check_range(store)
     for shard in range(store.num_shards):
         codes = store.shard(shard)
-        if len(codes) and not 0 <= codes.min() <= codes.max() < num_codes:
-            raise ValueError(
-                f"{folder}: shard {shard} has labels from {codes.min()} to {codes.max()}, but there"
-                f" are {num_codes} codes"
-            )
         counts_C += np.bincount(codes, minlength=num_codes)
         num_runs += int(np.count_nonzero(np.diff(codes))) + 1  # a run may cross utterances
     return LabelFacts(folder.name, int(store.card["rate"]), counts_C, num_runs)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """k-means over more frames than memory holds: seeding on a sample, mini-batches, full passes.
 
-    sample        k-means++ and a few Lloyd passes for every restart, on a part of the sample; the
-                  restart with the lowest inertia goes on with swaps and as many passes over all
+    sample        on a part of it, k-means++ and a few Lloyd passes for every restart; the restart
+                  with the lowest inertia goes on with swaps there and as many passes over all
     mini-batches  passes over the shards in random order, every centre with its own learning rate,
                   until the smoothed inertia no longer falls
     full passes   Lloyd: every centre becomes the mean of its frames; no centre is left empty

@@ -29,6 +29,7 @@ from hubert_jax import (
 )
 from hubert_jax.data import arrays, batches, cards
 from hubert_jax.data.corpus import Corpus, Split
+from hubert_jax.data.labels import check_range
 from hubert_jax.heads import HeadConfig, Hubert
 from hubert_jax.model import HubertConfig
 from hubert_jax.ops import frames
@@ -250,18 +251,6 @@ def open_labels(
             path = train_store.folder / "card.json"
             cards.require(path, train_store.card, codebook=cards.digest(codebook))
     return opened
-
-
-def check_range(store: arrays.Store) -> None:
-    """Raises ValueError where a label is no code: it would count as a loss without a target."""
-    num_codes = store.card["num_codes"]
-    for shard in range(store.num_shards):
-        labels = store.shard(shard)
-        if len(labels) and not 0 <= labels.min() <= labels.max() < num_codes:
-            raise ValueError(
-                f"{store.folder}: shard {shard} has labels from {labels.min()} to {labels.max()},"
-                f" but there are {num_codes} codes; remove the folder and run hubert label again"
-            )
 
 
 def _made_from(

@@ -44,7 +44,11 @@ def distances(features_ND, centers_CD) -> np.ndarray:
     return (difference_NCD**2).sum(axis=2)
 
 
-def test_inertia_is_no_worse_than_scikit_learns():
+@pytest.mark.parametrize("seeding_rows", [kmeans.SEEDING_ROWS, 1_000])
+def test_inertia_is_no_worse_than_scikit_learns(seeding_rows, monkeypatch):
+    """Seeded on the whole sample, and on a third of it."""
+    monkeypatch.setattr(kmeans, "SEEDING_ROWS", seeding_rows)
+    kmeans._best_seeding.clear_cache()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # scikit-learn's own, about numpy
         import threadpoolctl
@@ -62,6 +66,7 @@ def test_inertia_is_no_worse_than_scikit_learns():
     ours = [
         fit(features_ND, seed=seed, num_restarts=20, seed_passes=10).inertia for seed in range(4)
     ]
+    kmeans._best_seeding.clear_cache()
     assert max(ours) <= np.mean(theirs), (ours, theirs)
 
 
