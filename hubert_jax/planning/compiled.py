@@ -3,7 +3,8 @@
 
 libtpu brings the compiler; nothing is run and no array is made. A process of its own compiles,
 which is ended once XLA has optimised the program, split it over the devices and laid out its
-memory: making machine code comes after that and takes minutes longer.
+memory: making machine code comes after that and takes minutes longer. What is no TPU stands for as
+many fake devices of this processor: the partitioner and the collectives are the same for them.
 """
 
 import functools
@@ -33,6 +34,7 @@ PROGRAM, MEMORY = "after_optimizations.txt", "after_optimizations-memory-usage-r
 LAST = "after_optimizations_after_buffer_assignment.txt"
 HBM = re.compile(r"Memory Space: default.*\nTotal bytes: (\d+)")
 TOO_MUCH = re.compile(r"Used ([\d.]+)([KMGT]) of ([\d.]+)([KMGT]) hbm")
+QUICK = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 UNITS = {"K": 2**10, "M": 2**20, "G": GIB, "T": 2**40}
 FORCED = "nvoluntary full rematerialization"  # of the partitioner: an array had to be gathered
 
@@ -57,7 +59,7 @@ def measure(work: Work, topology: Topology) -> Measured:
     Raises ImportError without libtpu, RuntimeError when compiling fails for another reason than
     memory.
     """
-    if importlib.util.find_spec("libtpu") is None:
+    if topology.chip.is_tpu and importlib.util.find_spec("libtpu") is None:
         raise ImportError(
             "compiling for TPUs takes libtpu: pip install 'hubert_jax[plan]', or --estimate"
         )
@@ -93,15 +95,16 @@ def _compiled(work: Work, topology: Topology, folder: pathlib.Path) -> tuple[str
     )
     process.start()
     try:
-        found = ""
-        while not found and process.is_alive():
+        while process.is_alive() and not list(folder.glob(f"*jit_step*{LAST}")):
             process.join(0.2)
-            found = next((f.name for f in folder.glob(f"*jit_step*{LAST}")), "")
     finally:
         process.kill()
         process.join()
+    found = ""
+    if process.exitcode == 0 or list(folder.glob(f"*jit_step*{LAST}")):
+        found = next(file.name for file in folder.glob(f"*jit_step*{MEMORY}"))
     log = folder / "log"
-    return found.removesuffix(LAST), log.read_text(errors="replace") if log.exists() else ""
+    return found.removesuffix(MEMORY), log.read_text(errors="replace") if log.exists() else ""
 
 
 def _compile(work: Work, topology: Topology, folder: str) -> None:
@@ -117,7 +120,11 @@ def _compile(work: Work, topology: Topology, folder: str) -> None:
 
 
 def devices(topology: Topology) -> list:
-    """The devices of a TPU topology, as far as a compiler needs them."""
+    """The devices of a topology, as far as a compiler needs them."""
+    if not topology.chip.is_tpu:
+        count = f"--xla_force_host_platform_device_count={topology.num_devices}"
+        os.environ["XLA_FLAGS"] = f"{count} {QUICK}"
+        return jax.devices("cpu")
     name, cores = MACHINES[topology.chip.name]
     os.environ |= {
         "TPU_SKIP_MDS_QUERY": "1",  # else it asks Google's metadata server what machine this is
@@ -171,6 +178,22 @@ def arguments(
         for name, (shape, dtype) in shapes.items()
     }
     return state, batch, _placed(jax.eval_shape(lambda: jax.random.key(0)), whole)
+
+
+def gathered_activations(work: Work, measured: Measured) -> list[hlo.Collective]:
+    """The all-gathers over fsdp whose result is not a parameter, or one layer of it."""
+    model = arguments(work, sharding.abstract_mesh(**work.mesh))[0].model
+    sizes = {
+        math.prod(x.sharding.shard_shape(x.shape)) * work.mesh["fsdp"] // layers
+        for x in jax.tree.leaves(model)
+        for layers in (1, work.model.num_layers)
+    }
+    return [
+        one
+        for one in measured.collectives
+        if one.kind == "all-gather" and "fsdp" in one.axes
+        if not {math.prod(shape) for shape in one.shapes} <= sizes
+    ]
 
 
 def _placed(x, where) -> jax.ShapeDtypeStruct:
