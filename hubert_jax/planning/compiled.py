@@ -16,6 +16,7 @@ import pathlib
 import re
 import tempfile
 import time
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -59,64 +60,82 @@ def measure(work: Work, topology: Topology) -> Measured:
     Raises ImportError without libtpu, RuntimeError when compiling fails for another reason than
     memory.
     """
-    if topology.chip.is_tpu and importlib.util.find_spec("libtpu") is None:
-        raise ImportError(
-            "compiling for TPUs takes libtpu: pip install 'hubert_jax[plan]', or --estimate"
-        )
     started = time.perf_counter()
     state, batch, _ = arguments(work, sharding.abstract_mesh(**work.mesh))
     parameters, optimizer = _local_bytes(state.model), _local_bytes(state.opt_state)
-    with tempfile.TemporaryDirectory() as name:
-        folder = pathlib.Path(name)
-        found, log = _compiled(work, topology, folder)
-        if found:
-            text, report = ((folder / f"{found}{part}").read_text() for part in (PROGRAM, MEMORY))
-            peak, fits = int(HBM.search(report)[1]), True  # type: ignore[index]
-        else:
-            needed = TOO_MUCH.search(log)
-            if needed is None:
-                raise RuntimeError(f"XLA could not compile the step:\n{log[-2000:]}")
-            text, peak, fits = "", int(float(needed[1]) * UNITS[needed[2]]), False
+    program = compiled(functools.partial(lowered, work), topology)
+    if program.text:
+        peak, fits = int(HBM.search(program.memory)[1]), True  # type: ignore[index]
+    else:
+        needed = TOO_MUCH.search(program.log)
+        if needed is None:
+            raise RuntimeError(f"XLA could not compile the step:\n{program.log[-2000:]}")
+        peak, fits = int(float(needed[1]) * UNITS[needed[2]]), False
     return Measured(
         parameters, optimizer, _local_bytes(batch),
         temporaries=peak - parameters - optimizer - _local_bytes(batch),
         peak=peak,
         fits=fits,
-        collectives=hlo.collectives(text, work.mesh) if text else [],
-        rematerializations=[line for line in log.splitlines() if FORCED in line],
+        collectives=hlo.collectives(program.text, work.mesh) if program.text else [],
+        rematerializations=program.rematerializations,
         seconds=time.perf_counter() - started,
     )  # fmt: skip
 
 
-def _compiled(work: Work, topology: Topology, folder: pathlib.Path) -> tuple[str, str]:
-    """What the names of XLA's files of the step begin with ("": there are none), and its log."""
-    process = multiprocessing.get_context("spawn").Process(
-        target=_compile, args=(work, topology, str(folder)), daemon=True
-    )
-    process.start()
-    try:
-        while process.is_alive() and not list(folder.glob(f"*jit_step*{LAST}")):
-            process.join(0.2)
-    finally:
-        process.kill()
-        process.join()
-    found = ""
-    if process.exitcode == 0 or list(folder.glob(f"*jit_step*{LAST}")):
-        found = next(file.name for file in folder.glob(f"*jit_step*{MEMORY}"))
-    log = folder / "log"
-    return found.removesuffix(MEMORY), log.read_text(errors="replace") if log.exists() else ""
+class Program(NamedTuple):
+    """What XLA writes of a compiled step."""
+
+    text: str  # "": it made none
+    memory: str  # its report
+    log: str
+
+    @property
+    def rematerializations(self) -> list[str]:
+        return [line for line in self.log.splitlines() if FORCED in line]
 
 
-def _compile(work: Work, topology: Topology, folder: str) -> None:
+def compiled(lower: Callable[[list], jax.stages.Lowered], topology: Topology) -> Program:
+    """`lower(devices)`, of a function that is called step, compiled in a process of its own.
+
+    Raises ImportError without libtpu.
+    """
+    if topology.chip.is_tpu and importlib.util.find_spec("libtpu") is None:
+        raise ImportError(
+            "compiling for TPUs takes libtpu: pip install 'hubert_jax[plan]', or --estimate"
+        )
+    with tempfile.TemporaryDirectory() as name:
+        folder = pathlib.Path(name)
+        process = multiprocessing.get_context("spawn").Process(
+            target=_compile, args=(lower, topology, name), daemon=True
+        )
+        process.start()
+        try:
+            while process.is_alive() and not list(folder.glob(f"*jit_step*{LAST}")):
+                process.join(0.2)
+        finally:
+            process.kill()
+            process.join()
+        log = folder / "log"
+        said = log.read_text(errors="replace") if log.exists() else ""
+        if process.exitcode and not list(folder.glob(f"*jit_step*{LAST}")):
+            return Program("", "", said)
+        (report,) = folder.glob(f"*jit_step*{MEMORY}")
+        text = report.with_name(report.name.removesuffix(MEMORY) + PROGRAM)
+        return Program(text.read_text(), report.read_text(), said)
+
+
+def _compile(lower: Callable[[list], jax.stages.Lowered], topology: Topology, folder: str) -> None:
     """In the process of its own: XLA's log and dump go into the folder."""
     with open(os.path.join(folder, "log"), "wb") as log:
         os.dup2(log.fileno(), 2)  # XLA is C++ and knows no other stderr
     jax.config.update("jax_platforms", "cpu")
-    mesh = sharding.make_mesh(**work.mesh, devices=devices(topology))
-    made = arguments(work, mesh)
+    lower(devices(topology)).compile({"xla_dump_to": folder, "xla_dump_hlo_as_text": True})
+
+
+def lowered(work: Work, devices: list) -> jax.stages.Lowered:
+    mesh = sharding.make_mesh(**work.mesh, devices=devices)
     with jax.set_mesh(mesh):
-        lowered = step(work).lower(*made)
-        lowered.compile({"xla_dump_to": folder, "xla_dump_hlo_as_text": True})
+        return step(work).lower(*arguments(work, mesh))
 
 
 def devices(topology: Topology) -> list:
@@ -181,12 +200,12 @@ def arguments(
 
 
 def gathered_activations(work: Work, measured: Measured) -> list[hlo.Collective]:
-    """The all-gathers over fsdp whose result is not a parameter, or one layer of it."""
+    """The all-gathers over fsdp of what is neither a parameter nor one layer or tap of it."""
     model = arguments(work, sharding.abstract_mesh(**work.mesh))[0].model
     sizes = {
-        math.prod(x.sharding.shard_shape(x.shape)) * work.mesh["fsdp"] // layers
+        math.prod(x.sharding.shard_shape(x.shape)) * work.mesh["fsdp"] // entries
         for x in jax.tree.leaves(model)
-        for layers in (1, work.model.num_layers)
+        for entries in (1, x.shape[0])
     }
     return [
         one
