@@ -129,13 +129,15 @@ def _compile(lower: Callable[[list], jax.stages.Lowered], topology: Topology, fo
     with open(os.path.join(folder, "log"), "wb") as log:
         os.dup2(log.fileno(), 2)  # XLA is C++ and knows no other stderr
     jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_enable_compilation_cache", False)  # what is found there is not dumped
     lower(devices(topology)).compile({"xla_dump_to": folder, "xla_dump_hlo_as_text": True})
 
 
 def lowered(work: Work, devices: list) -> jax.stages.Lowered:
     mesh = sharding.make_mesh(**work.mesh, devices=devices)
+    made = arguments(work, mesh)  # outside of the mesh: it makes a constant, and nothing runs there
     with jax.set_mesh(mesh):
-        return step(work).lower(*arguments(work, mesh))
+        return step(work).lower(*made)
 
 
 def devices(topology: Topology) -> list:
