@@ -201,20 +201,25 @@ def arguments(
     return state, batch, _placed(jax.eval_shape(lambda: jax.random.key(0)), whole)
 
 
-def gathered_activations(work: Work, measured: Measured) -> list[hlo.Collective]:
-    """The all-gathers over fsdp of what is neither a parameter nor one layer or tap of it."""
+def gathered_activations(work: Work, collectives: list[hlo.Collective]) -> list[hlo.Collective]:
+    """The gathers over fsdp of what is neither a parameter nor one layer or tap of it.
+
+    Rings of permutes are gathers too: each passes on the part of one device.
+    """
     model = arguments(work, sharding.abstract_mesh(**work.mesh))[0].model
+    ways = work.mesh["fsdp"]
     sizes = {
-        math.prod(x.sharding.shard_shape(x.shape)) * work.mesh["fsdp"] // entries
+        math.prod(x.sharding.shard_shape(x.shape)) * ways // entries
         for x in jax.tree.leaves(model)
         for entries in (1, x.shape[0])
     }
-    return [
-        one
-        for one in measured.collectives
-        if one.kind == "all-gather" and "fsdp" in one.axes
-        if not {math.prod(shape) for shape in one.shapes} <= sizes
-    ]
+    parts = {"all-gather": 1, "collective-permute": ways}
+
+    def is_parameter(one: hlo.Collective) -> bool:
+        return all(math.prod(shape) * parts[one.kind] in sizes for shape in one.shapes)
+
+    among = [one for one in collectives if one.kind in parts and "fsdp" in one.axes]
+    return [one for one in among if not is_parameter(one)]
 
 
 def _placed(x, where) -> jax.ShapeDtypeStruct:

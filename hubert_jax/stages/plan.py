@@ -80,7 +80,7 @@ def main(argv: Sequence[str]) -> None:
             measured = compiled.measure(one, topology)
             logs.info(f"compiled in {measured.seconds:.0f} s")
             warnings += measured.rematerializations
-            gathered += map(str, compiled.gathered_activations(one, measured))
+            gathered += map(str, compiled.gathered_activations(one, measured.collectives))
         rows["memory"].append(memory_row(one, expected, measured, topology))
         rows["time"].append(time_row(one, expected))
         rows["sent"] += sent_rows(one, expected, measured)
