@@ -70,6 +70,7 @@ def main(argv: Sequence[str]) -> None:
 
     works = [(rung, work(config, mesh, rung)) for rung in ladder(config, mesh, args)]
     rows: dict[str, list[tuple]] = {"memory": [], "time": [], "sent": []}
+    num_programs = 0
     warnings: list[str] = []
     gathered: list[str] = []
     for _, one in works:
@@ -79,6 +80,7 @@ def main(argv: Sequence[str]) -> None:
             logs.info(f"compiling {_length(one)} for {topology.name} ...")
             measured = compiled.measure(one, topology)
             logs.info(f"compiled in {measured.seconds:.0f} s")
+            num_programs += measured.fits
             warnings += measured.rematerializations
             gathered += map(str, compiled.gathered_activations(one, measured.collectives))
         rows["memory"].append(memory_row(one, expected, measured, topology))
@@ -90,8 +92,11 @@ def main(argv: Sequence[str]) -> None:
     print(logs.table([TIME, *rows["time"]]))
     print(logs.table([SENT, *rows["sent"]]))
     if not counted:
-        print(f"{len(warnings)} involuntary full rematerializations", *warnings, sep="\n")
-        print(f"{len(gathered)} gathers of activations over fsdp", *gathered, sep="\n")
+        print(
+            f"{num_programs} of {len(works)} programs made; {len(warnings)} involuntary full"
+            f" rematerializations, {len(gathered)} gathers of activations over fsdp",
+            *warnings, *gathered, sep="\n",
+        )  # fmt: skip
     print(schedule(works, topology))
     print(recommendation(works[-1][1], topology, config.batch.row_multiple))
     if args.out:
@@ -257,7 +262,7 @@ def sent_rows(one: Work, expected: Estimate, measured: compiled.Measured | None)
     rows = []
     for key in sorted(found.keys() | expected.sent.keys()):
         times, size = found.get(key, (0, 0.0))
-        counted = (f"{times}", f"{size / 1e6:.1f}") if measured else ("", "")
+        counted = (f"{times}", f"{size / 1e6:.1f}") if measured and measured.fits else ("", "")
         rows.append((_length(one), *key, *counted, f"{expected.sent.get(key, 0.0) / 1e6:.1f}"))
     return rows
 

@@ -42,6 +42,7 @@ def test_memory_is_inside_its_bounds(base):
 def test_nothing_is_gathered_that_need_not_be(base):
     work, measured = base
     assert not measured.rematerializations
+    assert not compiled.gathered_activations(work, measured.collectives)
     predicted = estimate.predicted(work)
     gathered = [one for one in measured.collectives if one.kind == "all-gather"]
     assert gathered and all(one.axes == ("fsdp",) for one in gathered)

@@ -5,7 +5,8 @@
 # to a time limit of 4 minutes, as often as it takes. Then the weights are compared. 10 minutes and
 # more. `hubert` and `python` on PATH; as root:
 #   tests/slurm/run.sh FOLDER [straight] [preempted] [limited]
-#   ITERATIONS="('it1','it2')" STEPS=60 tests/slurm/run.sh FOLDER
+#   ITERATIONS="('it1','it2')" STEPS=60 tests/slurm/run.sh FOLDER straight preempted
+# On a busy machine LIMIT=6 (minutes) leaves time for more than a few steps before the signal.
 set -euo pipefail
 folder=$(realpath -m "$1")
 parts=("${@:2}")
@@ -72,7 +73,7 @@ preempted() {
 
 limited() { # USR1 comes 180 s before the limit, or up to 60 s sooner
   local job
-  job=$(submit limited --time=4)
+  job=$(submit limited --time="${LIMIT:-4}")
   finish "$job"
   grep -h 'run: stopped by\|slurm.sh\|going on after' "hubert-$job.log"
   (($(field "$job" Restarts) > 0))
