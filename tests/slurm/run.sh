@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 # The demo, shortened, by launch/slurm.sh as it ships, on two nodes of the SLURM of start.sh, three
 # times: in one go; preempted in the middle of it1's training, put back and finished; stopped close
-# to a time limit of 4 minutes, as often as it takes. Then the weights are compared. 10 minutes and
+# to a time limit of 5 minutes, as often as it takes. Then the weights are compared. 10 minutes and
 # more. `hubert` and `python` on PATH; as root:
 #   tests/slurm/run.sh FOLDER [straight] [preempted] [limited]
 #   ITERATIONS="('it1','it2')" STEPS=60 tests/slurm/run.sh FOLDER straight preempted
@@ -22,7 +22,7 @@ flags=(
   --config.corpus.synth.train_minutes=3 --config.corpus.synth.validation_minutes=1
   --config.corpus.num_workers=1 --config.kmeans.num_codes=25 --config.kmeans.seed_rows=3000
   --config.kmeans.max_passes=2 --config.kmeans.lloyd_passes=2 --config.kmeans.num_restarts=1
-  --config.train.num_steps="${STEPS:-200}" --config.train.report_every=5
+  --config.train.num_steps="${STEPS:-300}" --config.train.report_every=5
   --config.optim.warmup_steps=10 --heartbeat_timeout=600
 )
 
@@ -73,7 +73,7 @@ preempted() {
 
 limited() { # USR1 comes 180 s before the limit, or up to 60 s sooner
   local job
-  job=$(submit limited --time="${LIMIT:-4}")
+  job=$(submit limited --time="${LIMIT:-5}")
   finish "$job"
   grep -h 'run: stopped by\|slurm.sh\|going on after' "hubert-$job.log"
   (($(field "$job" Restarts) > 0))
