@@ -63,7 +63,7 @@ def measure(work: Work, topology: Topology) -> Measured:
     started = time.perf_counter()
     state, batch, _ = arguments(work, sharding.abstract_mesh(**work.mesh))
     parameters, optimizer = _local_bytes(state.model), _local_bytes(state.opt_state)
-    program = compiled(functools.partial(lowered, work), topology)
+    program = program_of(functools.partial(lowered, work), topology)
     if program.text:
         peak, fits = int(HBM.search(program.memory)[1]), True  # type: ignore[index]
     else:
@@ -94,7 +94,7 @@ class Program(NamedTuple):
         return [line for line in self.log.splitlines() if FORCED in line]
 
 
-def compiled(lower: Callable[[list], jax.stages.Lowered], topology: Topology) -> Program:
+def program_of(lower: Callable[[list], jax.stages.Lowered], topology: Topology) -> Program:
     """`lower(devices)`, of a function that is called step, compiled in a process of its own.
 
     Raises ImportError without libtpu.

@@ -56,12 +56,12 @@ def easy(devices):
 @pytest.mark.parametrize("name", TOPOLOGIES)
 def test_a_full_rematerialization_is_seen(name):
     topology = scaling.topology(name)
-    program = compiled.compiled(hard, topology)
+    program = compiled.program_of(hard, topology)
     (line, *_) = program.rematerializations
     assert "Involuntary full rematerialization" in line and "step" in program.text
 
 
 @pytest.mark.parametrize("name", TOPOLOGIES)
 def test_what_can_be_split_another_way_is_not_one(name):
-    program = compiled.compiled(easy, scaling.topology(name))
+    program = compiled.program_of(easy, scaling.topology(name))
     assert program.text and not program.rematerializations

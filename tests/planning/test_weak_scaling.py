@@ -17,6 +17,7 @@ from hubert_jax.planning import compiled, hlo, scaling
 from hubert_jax.planning.compiled import Measured
 from hubert_jax.planning.work import Work
 from hubert_jax.pretraining import LossConfig
+from hubert_jax.stages import plan
 from tests import tiny
 
 OPTIM = OptimConfig(1e-3, 10, 0.9, 0.98, 1e-6, 0.01, 1.0)
@@ -89,6 +90,25 @@ def test_what_is_sent_grows_as_predicted_and_no_more(name):
     )
     small, large = (of_kind(each.predicted, "reduce-scatter") for each in (smaller, larger))
     assert 0 < growth < 1.05 * (expected + large - small)
+
+
+def test_the_command_compiles_each_and_sets_counted_beside_predicted(capsys):
+    sizes = [
+        "model.conv_width=8", "model.width=16", "model.ffn_width=32", "model.num_layers=2",
+        "model.position_kernel=16", "model.position_groups=2", "head.code_width=8",
+        "model.compute_dtype=float32",
+    ]  # fmt: skip
+    plan.main(
+        ["--config=configs/demo.py", "--weak_scaling=cpu:1,cpu:2", "--mesh=data:-1"]
+        + [f"--config.{size}" for size in sizes]
+    )
+    output = capsys.readouterr().out
+    assert "4 rows of 1.99 s a device" in output
+    cells = [line.strip("| ").split(" | ") for line in output.splitlines() if line[:1] == "|"]
+    assert [cell.strip() for cell in cells[0]] == ["collective", "over", "cpu:1", "cpu:2"]
+    assert [cell.strip() for cell in cells[2][:3]] == ["all-reduce", "data", "0.00 / 0.00"]
+    counted, predicted = (float(size) for size in cells[2][3].split(" / "))
+    assert counted == pytest.approx(predicted, abs=0.011) and counted > 0.03
 
 
 def test_more_devices_keep_their_rows():
