@@ -1,16 +1,16 @@
 #!/usr/bin/env bash
 # SPDX-License-Identifier: Apache-2.0
-# The demo, shortened, by launch/slurm.sh as it ships, on two nodes of the SLURM of start.sh, three
-# times: in one go; preempted in the middle of it1's training, put back and finished; stopped close
-# to a time limit of 5 minutes, as often as it takes. Then the weights are compared. 10 minutes and
-# more. `hubert` and `python` on PATH; as root:
-#   tests/slurm/run.sh FOLDER [straight] [preempted] [limited]
+# The demo, shortened, by launch/slurm.sh as it ships, on two nodes of the SLURM of start.sh: in one
+# go; preempted in the middle of it1's training, put back and finished; stopped close to a time limit
+# of 5 minutes, as often as it takes; cancelled, and not put back. Weights are compared with those of
+# the first. 12 minutes and more. `hubert` and `python` on PATH; as root:
+#   tests/slurm/run.sh FOLDER [straight] [preempted] [limited] [cancelled]
 #   ITERATIONS="('it1','it2')" STEPS=60 tests/slurm/run.sh FOLDER straight preempted
 # On a busy machine LIMIT=6 (minutes) leaves time for more than a few steps before the signal.
 set -euo pipefail
 folder=$(realpath -m "$1")
 parts=("${@:2}")
-if ((!${#parts[@]})); then parts=(straight preempted limited); fi
+if ((!${#parts[@]})); then parts=(straight preempted limited cancelled); fi
 root=$(realpath "$(dirname "$0")/../..")
 "$root/tests/slurm/start.sh" "$folder"
 export SLURM_CONF="$folder/slurm.conf" JAX_PLATFORMS=cpu
@@ -60,10 +60,14 @@ PYTHON
 
 straight() { finish "$(submit straight)"; }
 
+in_training() { # in_training WORKDIR: waits until it is
+  until grep -q masked_loss "$folder/$1/it1/logs/metrics.jsonl" 2>/dev/null; do sleep 0.2; done
+}
+
 preempted() {
   local job
   job=$(submit preempted)
-  until grep -q masked_loss "$folder/preempted/it1/logs/metrics.jsonl" 2>/dev/null; do sleep 0.2; done
+  in_training preempted
   finish "$(sbatch --parsable --partition=high --nodes=2 --output=/dev/null --wrap 'sleep 2')"
   finish "$job"
   grep -h 'run: stopped by\|slurm.sh\|going on after' "hubert-$job.log"
@@ -78,6 +82,16 @@ limited() { # USR1 comes 180 s before the limit, or up to 60 s sooner
   grep -h 'run: stopped by\|slurm.sh\|going on after' "hubert-$job.log"
   (($(field "$job" Restarts) > 0))
   compare limited
+}
+
+cancelled() {
+  local job
+  job=$(submit cancelled)
+  in_training cancelled
+  scancel "$job"
+  finish "$job" || true
+  grep -h 'run: stopped by\|slurm.sh' "hubert-$job.log"
+  [[ $(field "$job" JobState) == CANCELLED && $(field "$job" Restarts) == 0 ]]
 }
 
 for part in "${parts[@]}"; do
