@@ -2,11 +2,11 @@
 # SPDX-License-Identifier: Apache-2.0
 # The demo, shortened, by launch/slurm.sh as it ships, on two nodes of the SLURM of start.sh: in one
 # go; preempted in the middle of it1's training, put back and finished; stopped close to a time limit
-# of 5 minutes, as often as it takes; cancelled, and not put back. Weights are compared with those of
+# of 4 minutes, as often as it takes; cancelled, and not put back. Weights are compared with those of
 # the first. 12 minutes and more. `hubert` and `python` on PATH; as root:
 #   tests/slurm/run.sh FOLDER [straight] [preempted] [limited] [cancelled]
 #   ITERATIONS="('it1','it2')" STEPS=60 tests/slurm/run.sh FOLDER straight preempted
-# On a busy machine LIMIT=6 (minutes) leaves time for more than a few steps before the signal.
+# On a busy machine LIMIT=5 (minutes) leaves time for more than a few steps before the signal.
 set -euo pipefail
 folder=$(realpath -m "$1")
 parts=("${@:2}")
@@ -77,7 +77,7 @@ preempted() {
 
 limited() { # USR1 comes 180 s before the limit, or up to 60 s sooner
   local job
-  job=$(submit limited --time="${LIMIT:-5}")
+  job=$(submit limited --time="${LIMIT:-4}")
   finish "$job"
   grep -h 'run: stopped by\|slurm.sh\|going on after' "hubert-$job.log"
   (($(field "$job" Restarts) > 0))
