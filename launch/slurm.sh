@@ -5,7 +5,7 @@
 #     launch/slurm.sh run --config=configs/base.py --workdir=/shared/work/base
 # A task per GPU; WORKDIR on a disk that every node sees; `hubert` on PATH, or HUBERT=/path/to/it.
 # More options of sbatch (partition, account) go in front of the script. The log: hubert-JOB.log.
-# scancel JOB ends it for good, saved; the same sbatch goes on from there.
+# scancel JOB ends it for good, saved if KillWait (30 s) is enough; the same sbatch goes on from there.
 #SBATCH --job-name=hubert
 #SBATCH --output=hubert-%j.log
 #SBATCH --open-mode=append
