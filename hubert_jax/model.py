@@ -359,9 +359,7 @@ class Attention(nnx.Module):
 
     def __call__(self, x_BTD, valid_BT=None, *, key=None):
         qkv = jnp.einsum("btd,dchk->btchk", x_BTD, self.qkv.kernel[...].astype(x_BTD.dtype))
-        qkv = (
-            qkv.transpose(2, 0, 3, 1, 4) + self.qkv.bias[...].astype(x_BTD.dtype)[:, None, :, None]
-        )
+        qkv = (qkv + self.qkv.bias[...].astype(x_BTD.dtype)).transpose(2, 0, 3, 1, 4)
         qkv = constrain(qkv, "frames", "batch", "heads", "frames", "code_width")
         query_BHTK, key_BHTK, value_BHTK = qkv
         if valid_BT is not None:
