@@ -38,10 +38,7 @@ def test_weights_come_back_bitwise(kind, format_, tmp_path):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_utterance_is_the_same_alone_and_beside_a_longer_one(kind):
-    """Within 1e-5 at every layer, or of the layer's deviation where that is above 1.
-
-    Large's residual grows to a deviation of 3 and values of 14: float32 rounds that by 2e-5.
-    """
+    """Within 1e-5, though large's residual grows to values of 13: no sum depends on the padding."""
     encoder = jax.jit(lambda key: Encoder(config(kind), key=key))(jax.random.key(0))
     lengths_B = np.array([13_000, 32_000])
     rng = np.random.default_rng(0)
@@ -55,5 +52,4 @@ def test_an_utterance_is_the_same_alone_and_beside_a_longer_one(kind):
     for layer in (0, num_layers // 2, num_layers):
         alone_TD = features(encoder, wave_BS[:1, :13_000], lengths_B[:1], layer=layer)[0]
         beside_TD = features(encoder, wave_BS, lengths_B, layer=layer)[0, : len(alone_TD)]
-        scale = max(1.0, float(np.std(alone_TD)))
-        assert np.abs(alone_TD - beside_TD).max() <= 1e-5 * scale, layer
+        assert np.abs(alone_TD - beside_TD).max() <= 1e-5, layer
