@@ -5,6 +5,7 @@
 #     launch/slurm.sh run --config=configs/base.py --workdir=/shared/work/base
 # A task per GPU; WORKDIR on a disk that every node sees; `hubert` on PATH, or HUBERT=/path/to/it.
 # More options of sbatch (partition, account) go in front of the script. The log: hubert-JOB.log.
+# scancel JOB ends it for good, saved if KillWait (30 s) is enough; the same sbatch goes on from there.
 #SBATCH --job-name=hubert
 #SBATCH --output=hubert-%j.log
 #SBATCH --open-mode=append
@@ -13,8 +14,11 @@
 set -euo pipefail
 
 requeue() { # SLURM ends this script on the way
+  # A job that was cancelled is ending, and one that SLURM puts back itself needs no help.
+  [[ $(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T) == RUNNING ]] || return 0
   echo "slurm.sh: job $SLURM_JOB_ID is put back into the queue (so far: ${SLURM_RESTART_COUNT:-0})"
   scontrol requeue "$SLURM_JOB_ID"
+  sleep 60
 }
 
 # USR1 comes 180 s before the limit and, where SLURM is told so (send_user_signal), at preemption.
@@ -26,7 +30,8 @@ on_signal() {
   is_asked=yes
   if [[ $1 == USR1 ]]; then scancel --signal=TERM "$SLURM_JOB_ID"; fi
   if [[ ! $timer ]]; then
-    (sleep 120 >/dev/null 2>&1 && requeue) &
+    # It outlives this script where SLURM does not find it; the job may be running again by then.
+    (sleep 120 >/dev/null 2>&1 && kill -0 $$ && requeue) &
     timer=$!
   fi
 }
@@ -44,11 +49,12 @@ while true; do
   wait "$step" || code=$?
   kill -0 "$step" 2>/dev/null || break # a signal cuts `wait` short
 done
+trap '' USR1
+trap - TERM # from here on it only means the end
 echo "slurm.sh: hubert ended with code $code"
 if [[ $timer ]]; then kill "$timer" 2>/dev/null || true; fi
 # 130: it saved and stopped, as it was told to; 143: it was stopped where there is nothing to save.
 if ((code == 130 || code == 143)) || [[ $is_asked == yes && $code -ne 0 ]]; then
   requeue
-  sleep 60
 fi
 exit "$code"

@@ -119,6 +119,7 @@ echo $$ > "$FOLDER/step"
 for ((n = 0; n < TENTHS; n++)); do sleep 0.1; done
 exit "${CODE:-0}" """,
     "scancel": 'kill -TERM "$(cat "$FOLDER/step")"',
+    "squeue": 'echo "${STATE:-RUNNING}"',
     "scontrol": 'kill -KILL "$PPID"',  # SLURM ends the script with the job
 }
 
@@ -137,6 +138,37 @@ def test_slurm_puts_a_job_back_that_was_stopped_and_no_other(
     assert ("scontrol requeue 7" in calls) == is_requeued
     assert ("scancel --signal=TERM 7" in calls) == (signal == "USR1")
     assert is_requeued or ended == int(code)
+
+
+@pytest.mark.parametrize(
+    ("state", "is_requeued"), [("RUNNING", True), ("COMPLETING", False), ("PENDING", False)]
+)
+def test_slurm_puts_no_job_back_that_was_cancelled(run, tmp_path, state, is_requeued):
+    """scancel ends the tasks as a preemption does; only the job's state tells them apart."""
+    variables = {"CODE": "130", "TENTHS": "1", "FOLDER": str(tmp_path), "SLURM_JOB_ID": "7"}
+    ended, _, calls = run(SLURM, "slurm.sh", "run", **variables, STATE=state)
+    assert ("scontrol requeue 7" in calls) == is_requeued
+    assert is_requeued or ended == 130
+
+
+@pytest.mark.parametrize("script_lives", [True, False])
+def test_slurm_puts_a_job_back_whose_tasks_do_not_hear(run, tmp_path, script_lives):
+    """After 120 s; but not from a timer that has outlived its script: the job may run again."""
+    programs = SLURM | {
+        "srun": f"""
+trap '' TERM
+kill -USR1 "$PPID"
+/bin/sleep 0.5
+{"" if script_lives else 'kill -KILL "$PPID"'}
+/bin/sleep 2""",
+        "scancel": "",
+        "sleep": "exec /bin/sleep 1",  # instead of 120
+    }
+    # In a shell, which takes note of the script's end at once.
+    words = ("-c", f"{LAUNCH}/slurm.sh run; true")
+    _, _, calls = run(programs, "/bin/bash", *words, FOLDER=str(tmp_path), SLURM_JOB_ID="7")
+    assert "sleep 120" in calls and "scancel --signal=TERM 7" in calls
+    assert ("scontrol requeue 7" in calls) == script_lives
 
 
 # What v1alpha2 of JobSet knows on its upper floors, from the resource's definition; what is below

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.extend import core
 
 from hubert_jax import optim, pretraining, sharding, train
 from tests import tiny
@@ -130,6 +131,35 @@ def test_only_data_parallelism_goes_across_islands(island):
     for group in mesh.devices:
         assert len({getattr(device, island) for device in group.flat}) == 1
     assert {device.id for device in mesh.devices.flat} == set(range(8))
+
+
+ROWS = ("data", "fsdp")
+NAMED_POINTS = {
+    "(8, 25, 16)": (ROWS, None, None),  # what the convolutions give
+    "(8, 25, 32)": (ROWS, None, None),  # before the layers, and after each
+    "(8, 25, 64)": (ROWS, None, "tensor"),  # inside the feed-forward
+    "(3, 8, 4, 25, 8)": (None, ROWS, "tensor", None, None),  # queries, keys and values
+}
+
+
+def test_activations_are_constrained_at_the_named_points():
+    mesh, wave_BS = sharding.make_mesh(data=2, fsdp=2, tensor=2), jnp.zeros((8, 8_080))
+    with jax.set_mesh(mesh):
+        traced = jax.make_jaxpr(lambda model, x: model.features(x, layer=3))(
+            tiny.model().encoder, wave_BS
+        )
+    found = list(constraints(traced.jaxpr))
+    assert {shape: tuple(spec) for shape, spec in found} == NAMED_POINTS
+    assert len(found) == len(NAMED_POINTS) + 1  # of the residual there are two
+
+
+def constraints(jaxpr):
+    """(shape, PartitionSpec) of every constraint of an array's layout, those in loops too."""
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "sharding_constraint":
+            yield str(equation.outvars[0].aval.shape), equation.params["sharding"].spec
+        for inner in core.jaxprs_in_params(equation.params):
+            yield from constraints(inner)
 
 
 def test_every_row_of_a_batch_is_loaded_where_it_lies():

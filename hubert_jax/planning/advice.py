@@ -12,7 +12,7 @@ from hubert_jax.planning.chips import Topology
 from hubert_jax.planning.estimate import Estimate
 from hubert_jax.planning.work import Work
 
-MAX_FSDP = 64
+MAX_FSDP = 32  # over 64 of v5e XLA gathers by summing zeros, twice the bytes (docs/SCALING.md)
 
 
 class Advice(NamedTuple):

@@ -3,7 +3,8 @@
 
 libtpu brings the compiler; nothing is run and no array is made. A process of its own compiles,
 which is ended once XLA has optimised the program, split it over the devices and laid out its
-memory: making machine code comes after that and takes minutes longer.
+memory: making machine code comes after that and takes minutes longer. What is no TPU stands for as
+many fake devices of this processor: the partitioner and the collectives are the same for them.
 """
 
 import functools
@@ -15,6 +16,7 @@ import pathlib
 import re
 import tempfile
 import time
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -33,6 +35,7 @@ PROGRAM, MEMORY = "after_optimizations.txt", "after_optimizations-memory-usage-r
 LAST = "after_optimizations_after_buffer_assignment.txt"
 HBM = re.compile(r"Memory Space: default.*\nTotal bytes: (\d+)")
 TOO_MUCH = re.compile(r"Used ([\d.]+)([KMGT]) of ([\d.]+)([KMGT]) hbm")
+QUICK = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 UNITS = {"K": 2**10, "M": 2**20, "G": GIB, "T": 2**40}
 FORCED = "nvoluntary full rematerialization"  # of the partitioner: an array had to be gathered
 
@@ -57,67 +60,92 @@ def measure(work: Work, topology: Topology) -> Measured:
     Raises ImportError without libtpu, RuntimeError when compiling fails for another reason than
     memory.
     """
-    if importlib.util.find_spec("libtpu") is None:
-        raise ImportError(
-            "compiling for TPUs takes libtpu: pip install 'hubert_jax[plan]', or --estimate"
-        )
     started = time.perf_counter()
     state, batch, _ = arguments(work, sharding.abstract_mesh(**work.mesh))
     parameters, optimizer = _local_bytes(state.model), _local_bytes(state.opt_state)
-    with tempfile.TemporaryDirectory() as name:
-        folder = pathlib.Path(name)
-        found, log = _compiled(work, topology, folder)
-        if found:
-            text, report = ((folder / f"{found}{part}").read_text() for part in (PROGRAM, MEMORY))
-            peak, fits = int(HBM.search(report)[1]), True  # type: ignore[index]
-        else:
-            needed = TOO_MUCH.search(log)
-            if needed is None:
-                raise RuntimeError(f"XLA could not compile the step:\n{log[-2000:]}")
-            text, peak, fits = "", int(float(needed[1]) * UNITS[needed[2]]), False
+    program = program_of(functools.partial(lowered, work), topology)
+    if program.text:
+        peak, fits = int(HBM.search(program.memory)[1]), True  # type: ignore[index]
+    else:
+        needed = TOO_MUCH.search(program.log)
+        if needed is None:
+            raise RuntimeError(f"XLA could not compile the step:\n{program.log[-2000:]}")
+        peak, fits = int(float(needed[1]) * UNITS[needed[2]]), False
     return Measured(
         parameters, optimizer, _local_bytes(batch),
         temporaries=peak - parameters - optimizer - _local_bytes(batch),
         peak=peak,
         fits=fits,
-        collectives=hlo.collectives(text, work.mesh) if text else [],
-        rematerializations=[line for line in log.splitlines() if FORCED in line],
+        collectives=hlo.collectives(program.text, work.mesh) if program.text else [],
+        rematerializations=program.rematerializations,
         seconds=time.perf_counter() - started,
     )  # fmt: skip
 
 
-def _compiled(work: Work, topology: Topology, folder: pathlib.Path) -> tuple[str, str]:
-    """What the names of XLA's files of the step begin with ("": there are none), and its log."""
-    process = multiprocessing.get_context("spawn").Process(
-        target=_compile, args=(work, topology, str(folder)), daemon=True
-    )
-    process.start()
-    try:
-        found = ""
-        while not found and process.is_alive():
-            process.join(0.2)
-            found = next((f.name for f in folder.glob(f"*jit_step*{LAST}")), "")
-    finally:
-        process.kill()
-        process.join()
-    log = folder / "log"
-    return found.removesuffix(LAST), log.read_text(errors="replace") if log.exists() else ""
+class Program(NamedTuple):
+    """What XLA writes of a compiled step."""
+
+    text: str  # "": it made none
+    memory: str  # its report
+    log: str
+
+    @property
+    def rematerializations(self) -> list[str]:
+        return [line for line in self.log.splitlines() if FORCED in line]
 
 
-def _compile(work: Work, topology: Topology, folder: str) -> None:
+def program_of(lower: Callable[[list], jax.stages.Lowered], topology: Topology) -> Program:
+    """`lower(devices)`, of a function that is called step, compiled in a process of its own.
+
+    Raises ImportError without libtpu.
+    """
+    if topology.chip.is_tpu and importlib.util.find_spec("libtpu") is None:
+        raise ImportError(
+            "compiling for TPUs takes libtpu: pip install 'hubert_jax[plan]', or --estimate"
+        )
+    with tempfile.TemporaryDirectory() as name:
+        folder = pathlib.Path(name)
+        process = multiprocessing.get_context("spawn").Process(
+            target=_compile, args=(lower, topology, name), daemon=True
+        )
+        process.start()
+        try:
+            while process.is_alive() and not list(folder.glob(f"*jit_step*{LAST}")):
+                process.join(0.2)
+        finally:
+            process.kill()
+            process.join()
+        log = folder / "log"
+        said = log.read_text(errors="replace") if log.exists() else ""
+        if process.exitcode and not list(folder.glob(f"*jit_step*{LAST}")):
+            return Program("", "", said)
+        (report,) = folder.glob(f"*jit_step*{MEMORY}")
+        text = report.with_name(report.name.removesuffix(MEMORY) + PROGRAM)
+        return Program(text.read_text(), report.read_text(), said)
+
+
+def _compile(lower: Callable[[list], jax.stages.Lowered], topology: Topology, folder: str) -> None:
     """In the process of its own: XLA's log and dump go into the folder."""
     with open(os.path.join(folder, "log"), "wb") as log:
         os.dup2(log.fileno(), 2)  # XLA is C++ and knows no other stderr
     jax.config.update("jax_platforms", "cpu")
-    mesh = sharding.make_mesh(**work.mesh, devices=devices(topology))
-    made = arguments(work, mesh)
+    jax.config.update("jax_enable_compilation_cache", False)  # what is found there is not dumped
+    lower(devices(topology)).compile({"xla_dump_to": folder, "xla_dump_hlo_as_text": True})
+
+
+def lowered(work: Work, devices: list) -> jax.stages.Lowered:
+    mesh = sharding.make_mesh(**work.mesh, devices=devices)
+    made = arguments(work, mesh)  # outside of the mesh: it makes a constant, and nothing runs there
     with jax.set_mesh(mesh):
-        lowered = step(work).lower(*made)
-        lowered.compile({"xla_dump_to": folder, "xla_dump_hlo_as_text": True})
+        return step(work).lower(*made)
 
 
 def devices(topology: Topology) -> list:
-    """The devices of a TPU topology, as far as a compiler needs them."""
+    """The devices of a topology, as far as a compiler needs them."""
+    if not topology.chip.is_tpu:
+        count = f"--xla_force_host_platform_device_count={topology.num_devices}"
+        os.environ["XLA_FLAGS"] = f"{count} {QUICK}"
+        return jax.devices("cpu")
     name, cores = MACHINES[topology.chip.name]
     os.environ |= {
         "TPU_SKIP_MDS_QUERY": "1",  # else it asks Google's metadata server what machine this is
@@ -171,6 +199,27 @@ def arguments(
         for name, (shape, dtype) in shapes.items()
     }
     return state, batch, _placed(jax.eval_shape(lambda: jax.random.key(0)), whole)
+
+
+def gathered_activations(work: Work, collectives: list[hlo.Collective]) -> list[hlo.Collective]:
+    """The gathers over fsdp of what is neither a parameter nor one layer or tap of it.
+
+    Rings of permutes are gathers too: each passes on the part of one device.
+    """
+    model = arguments(work, sharding.abstract_mesh(**work.mesh))[0].model
+    ways = work.mesh["fsdp"]
+    sizes = {
+        math.prod(x.sharding.shard_shape(x.shape)) * ways // entries
+        for x in jax.tree.leaves(model)
+        for entries in (1, x.shape[0])
+    }
+    parts = {"all-gather": 1, "collective-permute": ways}
+
+    def is_parameter(one: hlo.Collective) -> bool:
+        return all(math.prod(shape) * parts[one.kind] in sizes for shape in one.shapes)
+
+    among = [one for one in collectives if one.kind in parts and "fsdp" in one.axes]
+    return [one for one in among if not is_parameter(one)]
 
 
 def _placed(x, where) -> jax.ShapeDtypeStruct:

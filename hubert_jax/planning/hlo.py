@@ -31,7 +31,9 @@ CALLED = re.compile(
     r"(\{[^}]*\}|%?[\w.\-]+)"
 )
 TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
-LIMIT = re.compile(r"\b[su]\d+\[\]\S* constant\((\d+)\)")
+CONSTANT = re.compile(r"^[su]\d+\[\]\S* constant\((\d+)\)")
+OPERANDS = re.compile(r"%([\w.\-]+)")
+ELEMENT = re.compile(r" get-tuple-element\(%[\w.\-]+\), index=(\d+)")
 CHANNEL = re.compile(r"channel_id=(\d+)")
 IOTA_GROUPS = re.compile(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?")
 MESH_GROUPS = re.compile(
@@ -41,6 +43,9 @@ MESH_GROUPS = re.compile(
 MESH_AXIS = re.compile(r"'(\w+)'(?::\((\d+)\)(\d+)|=(\d+))?")
 LISTED_GROUPS = re.compile(r"replica_groups=\{(\{[\d,]+\}(?:,\{[\d,]+\})*)\}")
 PAIRS = re.compile(r"source_target_pairs=\{(\{[\d,]+\}(?:,\{[\d,]+\})*)\}")
+
+
+Instructions = dict[str, str]  # name -> what follows the equals sign, the result last
 
 
 class Collective(NamedTuple):
@@ -70,7 +75,7 @@ def collectives(text: str, mesh_shape: Mapping[str, int]) -> list[Collective]:
     bodies, entry = _computations(text)
     found: dict[str, Collective] = {}  # by channel: one that is asynchronous stands in two places
     for name, times in _executions(bodies, entry).items():
-        for place, line in enumerate(bodies[name]):
+        for place, line in bodies[name].items():
             opcode, result = _opcode(line)
             kind = opcode.removesuffix("-start")
             if kind in KINDS:
@@ -84,33 +89,33 @@ def collectives(text: str, mesh_shape: Mapping[str, int]) -> list[Collective]:
     return [one for one in found.values() if one.group_size > 1]
 
 
-def _computations(text: str) -> tuple[dict[str, list[str]], str]:
+def _computations(text: str) -> tuple[dict[str, Instructions], str]:
     """The instructions of every computation, and the name of the first one to run."""
-    bodies: dict[str, list[str]] = {}
+    bodies: dict[str, Instructions] = {}
     entry, lines = "", None
     for line in text.splitlines():
         header = COMPUTATION.match(line)
         if header:
-            lines = bodies.setdefault(header[2], [])
+            lines = bodies.setdefault(header[2], {})
             entry = header[2] if header[1] else entry
         elif line.startswith("}"):
             lines = None
         elif lines is not None:
             instruction = INSTRUCTION.match(line)
             if instruction:
-                lines.append(instruction[2])
+                lines[instruction[1]] = instruction[2]
     if not entry:
         raise ValueError("the compiled program's text has no ENTRY: is it HLO?")
     return bodies, entry
 
 
-def _executions(bodies: dict[str, list[str]], entry: str) -> dict[str, int]:
+def _executions(bodies: dict[str, Instructions], entry: str) -> dict[str, int]:
     """How often each computation runs."""
     times: dict[str, int] = {}
 
     def visit(name: str, count: int) -> None:
         times[name] = times.get(name, 0) + count
-        for line in bodies[name]:
+        for line in bodies[name].values():
             opcode, _ = _opcode(line)
             if opcode.endswith(("-update", "-done")):  # of what its -start has called
                 continue
@@ -123,20 +128,36 @@ def _executions(bodies: dict[str, list[str]], entry: str) -> dict[str, int]:
     return times
 
 
-def _turns(line: str, bodies: dict[str, list[str]]) -> int:
-    """How often a loop turns: as XLA says, or the one constant that its condition compares with.
+def _turns(line: str, bodies: dict[str, Instructions]) -> int:
+    """How often a loop turns: as XLA says, or as its condition and its counter do.
 
-    Raises ValueError where it does not count up to a constant.
+    Raises ValueError where it does not count up to a constant in constant steps.
     """
     said = TRIPS.search(line)
     if said:
         return int(said[1])
-    condition = re.search(r"condition=%?([\w.\-]+)", line)
-    assert condition is not None, line
-    limits = {int(n) for each in bodies[condition[1]] for n in LIMIT.findall(each)} - {0}
-    if len(limits) != 1:
+    condition, body = (
+        bodies[re.search(rf"{part}=%?([\w.\-]+)", line)[1]]  # type: ignore[index]
+        for part in ("condition", "body")
+    )
+    (compared,) = (value for value in condition.values() if _opcode(value)[0] == "compare")
+    counter, limit = (condition[name] for name in _operands(compared))
+    place, limited = ELEMENT.search(counter), CONSTANT.search(limit)
+    if not place or not limited or "direction=LT" not in compared:
         raise ValueError(f"a loop without a known number of turns: {line[:200]}")
-    return limits.pop()
+    # XLA unrolls rings of permutes: such a loop counts two at each turn.
+    *_, results = (value for value in body.values() if _opcode(value)[0] == "tuple")
+    added = [body[name] for name in _operands(body[_operands(results)[int(place[1])]])]
+    steps = [int(found[1]) for found in map(CONSTANT.search, added) if found]
+    if len(steps) != 1:
+        raise ValueError(f"a loop whose counter's step is not known: {line[:200]}")
+    return -(-int(limited[1]) // steps[0])
+
+
+def _operands(line: str) -> list[str]:
+    """The names in the parentheses after an instruction's opcode."""
+    opcode, _ = _opcode(line)
+    return OPERANDS.findall(line.partition(f" {opcode}(")[2].partition(")")[0])
 
 
 def _callees(line: str) -> Iterator[str]:

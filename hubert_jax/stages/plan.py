@@ -3,6 +3,7 @@
 
     hubert plan --config=configs/large.py --topology=v5e:8x8 [--mesh=data:8,fsdp:8]
     hubert plan --config=configs/large.py --topology=h100:4x8        # four nodes of eight GPUs
+    hubert plan --config=configs/base.py --weak_scaling=v5e:2x2,v5e:4x4,v5e:8x8 --mesh=data:-1
 
 For TPUs (v4, v5e, v5p, v6e) the real step is compiled, without a TPU, by the libtpu that
 `pip install 'hubert_jax[plan]'` brings: minutes for each length. For GPUs (h100, h200), and with
@@ -10,6 +11,9 @@ For TPUs (v4, v5e, v5p, v6e) the real step is compiled, without a TPU, by the li
 batch.rungs, or --seconds; without any, batch.max_seconds alone, which needs most. Time is always
 an estimate, from the chips' public figures: from all three of arithmetic, HBM and links at once to
 one after the other. Nothing is ever faster than the first.
+
+--weak_scaling compiles for one topology after the other, every device with the rows it has on the
+first, and prints what a device sends: counted in the program / predicted. cpu:8 are eight fakes.
 """
 
 import argparse
@@ -28,7 +32,7 @@ from hubert_jax.heads import HeadConfig
 from hubert_jax.model import HubertConfig
 from hubert_jax.ops import frames
 from hubert_jax.optim import OptimConfig
-from hubert_jax.planning import advice, chips, compiled, estimate
+from hubert_jax.planning import advice, chips, compiled, estimate, scaling
 from hubert_jax.planning.chips import GIB, Topology
 from hubert_jax.planning.estimate import Estimate
 from hubert_jax.planning.work import Work
@@ -55,15 +59,20 @@ def main(argv: Sequence[str]) -> None:
     top = parser()
     args = top.parse_args(words)
     config = config_files.configured(top, args.config, overrides)
+    jax.config.update("jax_platforms", "cpu")  # what is planned for is not here
+    if args.weak_scaling:
+        print(weak_scaling(config, args))
+        return
     topology = chips.topology(args.topology)
     asked = args.mesh or config.mesh.to_dict()
     mesh = sharding.mesh_sizes(**asked, num_devices=topology.num_devices)
     counted = args.estimate or not topology.chip.is_tpu
-    jax.config.update("jax_platforms", "cpu")  # what is planned for is not here
 
     works = [(rung, work(config, mesh, rung)) for rung in ladder(config, mesh, args)]
     rows: dict[str, list[tuple]] = {"memory": [], "time": [], "sent": []}
+    num_programs = 0
     warnings: list[str] = []
+    gathered: list[str] = []
     for _, one in works:
         expected = estimate.estimate(one, topology)
         measured = None
@@ -71,7 +80,9 @@ def main(argv: Sequence[str]) -> None:
             logs.info(f"compiling {_length(one)} for {topology.name} ...")
             measured = compiled.measure(one, topology)
             logs.info(f"compiled in {measured.seconds:.0f} s")
+            num_programs += measured.fits
             warnings += measured.rematerializations
+            gathered += map(str, compiled.gathered_activations(one, measured.collectives))
         rows["memory"].append(memory_row(one, expected, measured, topology))
         rows["time"].append(time_row(one, expected))
         rows["sent"] += sent_rows(one, expected, measured)
@@ -80,7 +91,12 @@ def main(argv: Sequence[str]) -> None:
     print(logs.table([MEMORY, *rows["memory"]]))
     print(logs.table([TIME, *rows["time"]]))
     print(logs.table([SENT, *rows["sent"]]))
-    print(f"{len(warnings)} involuntary full rematerializations", *warnings, sep="\n")
+    if not counted:
+        print(
+            f"{num_programs} of {len(works)} programs made; {len(warnings)} involuntary full"
+            f" rematerializations, {len(gathered)} gathers of activations over fsdp",
+            *warnings, *gathered, sep="\n",
+        )  # fmt: skip
     print(schedule(works, topology))
     print(recommendation(works[-1][1], topology, config.batch.row_multiple))
     if args.out:
@@ -95,7 +111,9 @@ def parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     top.add_argument("--config", required=True, metavar="FILE[:ITERATION]")
-    top.add_argument("--topology", required=True, metavar="CHIP:SHAPE")
+    where = top.add_mutually_exclusive_group(required=True)
+    where.add_argument("--topology", metavar="CHIP:SHAPE")
+    where.add_argument("--weak_scaling", type=_topologies, metavar="CHIP:SHAPE,CHIP:SHAPE")
     top.add_argument("--mesh", type=_mesh, metavar="data:8,fsdp:8", help="default: config.mesh")
     top.add_argument("--seconds", type=float, nargs="+", help="lengths to plan for")
     top.add_argument("--workdir", type=epath.Path, help="whose corpus gives the lengths")
@@ -112,6 +130,13 @@ def _mesh(text: str) -> dict[str, int]:
             raise argparse.ArgumentTypeError(f"{part!r}: write data:8,fsdp:8,tensor:1")
         sizes[axis] = int(size)
     return sizes
+
+
+def _topologies(text: str) -> list[Topology]:
+    try:
+        return [scaling.topology(name) for name in text.split(",")]
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def ladder(config: Any, mesh: dict[str, int], args: argparse.Namespace) -> list[Rung]:
@@ -159,6 +184,26 @@ def work(config: Any, mesh: dict[str, int], rung: Rung) -> Work:
         rows=rung.rows,
         num_samples=rung.num_samples,
         accumulate=config.train.accumulate,
+    )
+
+
+def weak_scaling(config: Any, args: argparse.Namespace) -> str:
+    """The table of a series of topologies; the mesh takes up what is added where it is -1."""
+    asked = args.mesh or config.mesh.to_dict()
+    meshes = [
+        sharding.mesh_sizes(**asked, num_devices=topology.num_devices)
+        for topology in args.weak_scaling
+    ]
+    first = work(config, meshes[0], ladder(config, meshes[0], args)[-1])
+    series = []
+    for topology, mesh in zip(args.weak_scaling, meshes, strict=True):
+        logs.info(f"compiling for {topology.name} ...")
+        series.append(scaling.measure(scaling.on_mesh(first, mesh), topology))
+    header = ("collective", "over", *(topology.name for topology in args.weak_scaling))
+    return (
+        f"\n{config.iteration}, {first.rows_per_device} rows of {_length(first)} a device, mesh"
+        f" {asked}: MB sent by a device in a step, counted / predicted\n"
+        + logs.table([header, *scaling.rows(series)])
     )
 
 
@@ -217,7 +262,7 @@ def sent_rows(one: Work, expected: Estimate, measured: compiled.Measured | None)
     rows = []
     for key in sorted(found.keys() | expected.sent.keys()):
         times, size = found.get(key, (0, 0.0))
-        counted = (f"{times}", f"{size / 1e6:.1f}") if measured else ("", "")
+        counted = (f"{times}", f"{size / 1e6:.1f}") if measured and measured.fits else ("", "")
         rows.append((_length(one), *key, *counted, f"{expected.sent.get(key, 0.0) / 1e6:.1f}"))
     return rows
 

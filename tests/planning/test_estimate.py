@@ -2,13 +2,17 @@
 """What is counted by hand: it must add up, and grow and shrink as it should."""
 
 import dataclasses
+import re
 
 import jax
+import numpy as np
 import pytest
+import soundfile
+from etils import epath
 
 from hubert_jax import config_files, heads
 from hubert_jax.planning import advice, chips, estimate
-from hubert_jax.stages import plan
+from hubert_jax.stages import plan, prepare
 
 
 def work(name="base", *flags, rows=64, num_samples=249_680, **mesh):
@@ -90,6 +94,29 @@ def test_the_command_estimates_for_gpus(capsys):
     out = capsys.readouterr().out
     assert "an estimate: counted by hand" in out and "recommended" in out
     assert out.count("| estimate") == 2 and "400000 steps" in out
+
+
+def test_every_rung_of_a_corpus_is_planned_for(tmp_path, capsys):
+    for n in range(12):  # of three speakers; 1.1 s and 2.1 s
+        path = tmp_path / "audio" / f"speaker{n % 3}" / f"{n}.wav"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        noise_S = np.random.default_rng(n).normal(size=17_600 + 16_000 * (n % 2))
+        soundfile.write(path, 0.1 * noise_S, 16_000)
+    flags = [
+        f"--config.{field}"
+        for field in (
+            f"corpus.train={tmp_path / 'audio'}", "corpus.num_workers=0", "corpus.num_shards=1",
+            "corpus.validation_share=0.34", "batch.rungs=(1.0,2.0)", "batch.min_seconds=1.0",
+            "batch.row_multiple=2",
+        )
+    ]  # fmt: skip
+    prepare.run(config_files.load("configs/demo.py", flags), epath.Path(tmp_path / "work"))
+    plan.main(
+        ["--config=configs/demo.py", "--topology=h100:2", f"--workdir={tmp_path / 'work'}", *flags]
+    )
+    rows = re.findall(r"^\| (\S+) s +\| (\d+) .* estimate \|$", capsys.readouterr().out, re.M)
+    # Whole frames; 8.1 s of audio are 8 and 4 such rows, shared by two devices.
+    assert rows == [("0.98", "4"), ("1.99", "2")]
 
 
 def test_a_batch_that_the_devices_cannot_share_is_refused():

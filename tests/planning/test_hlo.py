@@ -67,6 +67,43 @@ def test_a_loop_counts_as_often_as_it_turns():
     assert [(one.kind, one.times) for one in found] == [("all-reduce", 5)]
 
 
+RING = """
+%turn (p: (bf16[8], u32[])) -> (bf16[8], u32[]) {{
+  %p = (bf16[8]{{0}}, u32[]) parameter(0)
+  %part = bf16[8]{{0}} get-tuple-element(%p), index=0
+  %sent = bf16[8]{{0}} collective-permute(%part), source_target_pairs={{{{0,1}},{{1,0}}}}
+  %count = u32[] get-tuple-element(%p), index=1
+  %step = u32[] constant({step})
+  %next = u32[]{{:T(128)}} add(%count, %step), metadata={{op_name="add(%x)"}}
+  ROOT %result = (bf16[8]{{0}}, /*index=1*/u32[]) tuple(%sent, /*index=1*/%next)
+}}
+
+%more (p: (bf16[8], u32[])) -> pred[] {{
+  %limit = u32[] constant({limit})
+  %p = (bf16[8]{{0}}, u32[]) parameter(0)
+  %count = u32[] get-tuple-element(%p), index=1
+  ROOT %less = pred[] compare(%count, %limit), direction={direction}
+}}
+
+ENTRY %main (x: (bf16[8], u32[])) -> (bf16[8], u32[]) {{
+  %x = (bf16[8]{{0}}, u32[]) parameter(0)
+  ROOT %loop = (bf16[8]{{0}}, u32[]) while(%x), condition=%more, body=%turn
+}}
+"""
+
+
+@pytest.mark.parametrize(("limit", "step", "turns"), [(8, 1, 8), (8, 2, 4), (7, 2, 4)])
+def test_a_loop_that_xla_does_not_count_is_counted_by_its_steps(limit, step, turns):
+    text = RING.format(limit=limit, step=step, direction="LT")
+    (one,) = hlo.collectives(text, {"data": 2})
+    assert (one.kind, one.times, one.sent_bytes) == ("collective-permute", turns, 16)
+
+
+def test_a_loop_that_does_not_count_up_is_an_error():
+    with pytest.raises(ValueError, match="without a known number of turns"):
+        hlo.collectives(RING.format(limit=8, step=1, direction="GT"), {"data": 2})
+
+
 def test_a_sum_that_the_partitioner_made_is_found_too():
     mesh = mesh_of(data=8)
     x = jax.device_put(X, NamedSharding(mesh, P("data")))
