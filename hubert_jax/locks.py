@@ -45,6 +45,7 @@ def held(folder: os.PathLike | str, command: str) -> Iterator[None]:
         "since": time.strftime("%Y-%m-%d %H:%M:%S"), "command": command,
     }  # fmt: skip
     _take(path, mine)
+    _sweep(path, socket.gethostname())
     ended = threading.Event()
     beating = threading.Thread(target=_beat, args=(path, ended), daemon=True)
     beating.start()
@@ -87,6 +88,14 @@ def _take(path: pathlib.Path, mine: dict[str, Any]) -> None:
                 gone.unlink()
     finally:
         unfinished.unlink()
+
+
+def _sweep(path: pathlib.Path, host: str) -> None:
+    """Removes what runs that were killed while they took the lock have left beside it."""
+    for left in path.parent.glob(f"{NAME}-{host}-*"):
+        process = left.name.removeprefix(f"{NAME}-{host}-").removesuffix("-stale")
+        if process.isdigit() and (int(process) == os.getpid() or _born(int(process)) is None):
+            left.unlink(missing_ok=True)
 
 
 def is_alive(owner: dict[str, Any], *, age: float) -> bool:

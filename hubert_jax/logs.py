@@ -155,8 +155,8 @@ class Metrics:
 
     def __init__(self, folder, *, resume_from: int):
         self._bucket = None if places.is_local(folder) else epath.Path(folder)
-        self._scratch = tempfile.TemporaryDirectory(prefix="hubert_jax-")
-        self.path = pathlib.Path(self._scratch.name if self._bucket else folder) / "metrics.jsonl"
+        self._scratch = tempfile.TemporaryDirectory(prefix="hubert_jax-") if self._bucket else None
+        self.path = pathlib.Path(self._scratch.name if self._scratch else folder) / "metrics.jsonl"
         self.path.parent.mkdir(parents=True, exist_ok=True)
         if self._bucket and (self._bucket / self.path.name).exists():
             self.path.write_bytes((self._bucket / self.path.name).read_bytes())
@@ -185,7 +185,8 @@ class Metrics:
         self._lines.close()
         self._events.close()
         self._upload()
-        self._scratch.cleanup()
+        if self._scratch:
+            self._scratch.cleanup()
 
     def _upload(self) -> None:
         """Nothing can be appended to a file in a bucket: all of it is written again."""

@@ -84,10 +84,12 @@ def run(config: ConfigDict, workdir: epath.Path) -> None:
     settings = CorpusConfig(**config.corpus.to_dict())
     folder = workdir / "corpus"
     made_from = _made_from(settings, config.seed)
+    unfinished = folder / UNFINISHED
     if cards.is_made(folder / "card.json", made_from):
+        if unfinished.exists() and processes.is_first():  # killed right after the card was written
+            unfinished.rmtree()
         logs.info(f"{folder} is there\n{_table(cards.read(folder / 'card.json'))}")
         return
-    unfinished = folder / UNFINISHED
     sources = settings.sources
     if not cards.is_made(unfinished / "card.json", made_from) and processes.is_first():
         cards.write(unfinished / "card.json", cards.new("corpus", made_from=made_from))
