@@ -200,7 +200,16 @@ def read_card(path) -> dict:
     """The card of a checkpoint: its configs, codes and labels, and the step."""
     step = resolve(path)
     with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as checkpointer, readable(step):
-        return checkpointer.restore(step / "card")
+        card = checkpointer.restore(step / "card")
+    cards.check_format(step / "card", card)
+    for part in ("model", "head"):  # which no array shows in all their fields
+        made_from = card.get("made_from", {}).get(part)  # absent where it was imported
+        difference = made_from and cards.first_difference(card.get(part), made_from)
+        if difference:
+            field, found, made = difference
+            reason = f"card: {part}.{field} is {found!r}, it was trained with {made!r}"
+            raise _damaged(step, reason)
+    return card
 
 
 def load_model(path) -> tuple[Hubert, dict]:

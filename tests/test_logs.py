@@ -3,6 +3,7 @@
 
 import subprocess
 import sys
+import tempfile
 
 from hubert_jax import logs
 
@@ -73,3 +74,11 @@ def test_tensorboard_does_not_bring_torch(tmp_path):
         [sys.executable, "-c", program], capture_output=True, check=True, text=True
     )
     assert done.stdout.split() == ["False", "True"]
+
+
+def test_metrics_on_a_local_disk_need_no_temporary_folder(tmp_path, monkeypatch):
+    """A killed run would leave it."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    (tmp_path / "temporary").mkdir()
+    with logs.Metrics(tmp_path / "logs", resume_from=0):
+        assert not any((tmp_path / "temporary").iterdir())

@@ -5,7 +5,6 @@ import contextlib
 import os
 import pathlib
 import random
-import re
 import subprocess
 from collections.abc import Iterator
 
@@ -92,11 +91,10 @@ def project_end(project: Project, stage: str) -> str:
 
 def refusal(project: Project, ran: Ran, reason: str) -> list[str]:
     """Unless it is one error, in words, which names the reason and a file in the work directory."""
-    found = re.search(r"^hubert \w+: error: (.*)", ran.output, re.MULTILINE | re.DOTALL)
-    if ran.code != 1 or not found or "Traceback" in ran.output:
+    if not ran.error:
         return [f"code {ran.code}:\n{ran.output}"]
-    if reason not in found[1].lower() or str(project.work) not in found[1]:
-        return [f"unclear: {found[1]}"]
+    if reason not in ran.error.lower() or str(project.work) not in ran.error:
+        return [f"unclear: {ran.error}"]
     return []
 
 

@@ -2,7 +2,7 @@
 """A run that goes on with other devices: 1, then 4, 8, and 1 again."""
 
 import itertools
-import json
+import pathlib
 import time
 from typing import NamedTuple
 
@@ -46,13 +46,10 @@ def moved(project: Project) -> Moved:
         faults.append(f"went on after {resumed}: too fast to be stopped {len(DEVICES) - 1} times")
     wanted = project.after("pretrain")
     ours, theirs = (folder / "it1" / "logs" / "metrics.jsonl" for folder in (project.work, wanted))
-    losses, others = losses_of(ours), losses_of(theirs)
+    losses, others = losses_of(ours, resumed), losses_of(theirs, resumed)
     if losses.keys() != others.keys():
         faults.append(f"reports {sorted(losses)}, not {sorted(others)}")
-    # The first report after going on is over fewer steps.
-    first = {min((s for _, s in losses if s > start), default=0) for start in resumed}
-    kept = [key for key in losses if key in others and not (key[0] == "train" and key[1] in first)]
-    difference = max(abs(losses[key] / others[key] - 1) for key in kept)
+    difference = max(abs(losses[key] / others[key] - 1) for key in losses.keys() & others.keys())
     train = [others[key] for key in sorted(others) if key[0] == "train"]
     control = min(abs(a / b - 1) for a, b in itertools.pairwise(train))
     if not difference < MAX_DIFFERENCE < control:
@@ -67,12 +64,7 @@ def moved(project: Project) -> Moved:
     return Moved([f"elastic: {x}" for x in faults], resumed, difference, control, parameters)
 
 
-def losses_of(path) -> dict[tuple[str, int], float]:
+def losses_of(path: pathlib.Path, resumed: list[int]) -> dict[tuple[str, int], float]:
     """The masked losses of a metrics.jsonl, by (split, step)."""
-    rows = [json.loads(line) for line in path.read_text().splitlines()]
-    return {
-        (split, row["step"]): row[f"{split}/masked_loss"]
-        for row in rows
-        for split in ("train", "validation")
-        if f"{split}/masked_loss" in row
-    }
+    rows = compare.reports(path, resumed)
+    return {key: row[f"{key[0]}/masked_loss"] for key, row in rows.items()}

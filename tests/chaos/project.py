@@ -8,6 +8,7 @@ be tried again and again, always in the same folder: cards hold paths.
 
 import os
 import pathlib
+import re
 import shutil
 import signal
 import subprocess
@@ -17,11 +18,11 @@ from typing import NamedTuple
 from tests import tones
 
 LAUNCHER = pathlib.Path(__file__).with_name("launcher.py")
-NUM_STEPS, CHECKPOINT_EVERY = 20, 5
+NUM_STEPS, CHECKPOINT_EVERY, REPORT_EVERY = 20, 5, 2
 SIZES = (
     *tones.SIZES, "corpus.num_workers=2", "corpus.num_shards=3", "features.num_shards=4",
     "labels.num_shards=4", "features.batch_seconds=4.0", "model.num_layers=2", "batch.seconds=16.0",
-    f"train.num_steps={NUM_STEPS}", "train.report_every=2", "train.validate_every=10",
+    f"train.num_steps={NUM_STEPS}", f"train.report_every={REPORT_EVERY}", "train.validate_every=10",
     f"checkpoints.every={CHECKPOINT_EVERY}",
 )  # fmt: skip
 SHARD_SECONDS = "2.0"  # of features and labels, where a run has ten minutes at least
@@ -41,6 +42,13 @@ class Ran(NamedTuple):
     code: int  # negative: the signal that ended it
     output: str  # stdout and stderr
     changes: list[Change]
+
+    @property
+    def error(self) -> str:
+        """What the command says went wrong, in words; "" where it does not say, or ended well."""
+        pattern = r"^hubert \w+: error: (.*?)^Once that is mended"
+        found = re.search(pattern, self.output, re.MULTILINE | re.DOTALL)
+        return found[1] if found and self.code == 1 and "Traceback" not in self.output else ""
 
 
 class Project:
@@ -121,6 +129,9 @@ class Running:
             self.kill()
             code = self.process.wait()
             return Ran(code, f"hangs, for {SECONDS} s:\n{self.log.read_text()}", self.changes)
+        except BaseException:
+            self.kill()
+            raise
         return Ran(code, self.log.read_text(), self.changes)
 
     def kill(self) -> None:
