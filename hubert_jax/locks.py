@@ -19,6 +19,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from hubert_jax import logs
+from hubert_jax.data import cards
 
 NAME = ".running"
 HEARTBEAT = 30.0  # seconds
@@ -61,8 +62,9 @@ def held(folder: os.PathLike | str, command: str) -> Iterator[None]:
 def _take(path: pathlib.Path, mine: dict[str, Any]) -> None:
     """Creates the lock; in one step, so that of two runs that start together one gets it."""
     unfinished = path.with_name(f"{NAME}-{mine['host']}-{mine['process']}")
-    unfinished.write_text(json.dumps(mine))
     try:
+        with cards.enough_space(path):
+            unfinished.write_text(json.dumps(mine))
         while True:
             try:
                 os.link(unfinished, path)  # fails where there is one, and is whole where not
@@ -87,7 +89,8 @@ def _take(path: pathlib.Path, mine: dict[str, Any]) -> None:
                 path.rename(gone)
                 gone.unlink()
     finally:
-        unfinished.unlink()
+        with contextlib.suppress(FileNotFoundError):  # not even begun, on a disk that is read-only
+            unfinished.unlink()
 
 
 def _sweep(path: pathlib.Path, host: str) -> None:

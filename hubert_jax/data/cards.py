@@ -184,24 +184,31 @@ def whole(path: epath.PathLike) -> Iterator[epath.Path]:
     unfinished = _beside(path) if is_local else _elsewhere(path)
     leftover = unfinished if is_local else unfinished.parent
     try:
-        yield unfinished
-        if is_local:
-            unfinished.replace(path)
-        else:
-            places.upload(unfinished, path)
-            _remove(leftover)
-    except OSError as error:
-        _remove(leftover)
-        if error.errno == errno.ENOSPC:
-            raise OSError(
-                errno.ENOSPC,
-                f"no space left writing {path}; free some and run the same command again: "
-                "everything finished so far is kept",
-            ) from error
-        raise
+        with enough_space(path):
+            yield unfinished
+            if is_local:
+                unfinished.replace(path)
+            else:
+                places.upload(unfinished, path)
+                _remove(leftover)
     except BaseException:
         _remove(leftover)
         raise
+
+
+@contextlib.contextmanager
+def enough_space(path: epath.PathLike) -> Iterator[None]:
+    """Names the file where the disk is full, or a quota: the system's own error does not."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise OSError(
+            error.errno,
+            f"no space left writing {path}; free some and run the same command again: "
+            "everything finished so far is kept",
+        ) from error
 
 
 def _beside(path: epath.Path) -> epath.Path:

@@ -95,7 +95,7 @@ def reports(path: pathlib.Path, resumed: Iterable[int]) -> dict[tuple[str, int],
     for row in rows:
         step = row.pop("step")
         split = next(iter(row)).partition("/")[0]
-        if split == "validation" or not any(r <= step <= r + REPORT_EVERY for r in resumed):
+        if split == "validation" or all(abs(r - step) > REPORT_EVERY for r in resumed):
             found[split, step] = {
                 name: x for name, x in row.items() if name.partition("/")[2] not in CLOCK
             }

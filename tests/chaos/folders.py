@@ -28,15 +28,21 @@ EDITS = (
     ("pretrain", "corpus/card.json", "fingerprint", "sha256:0", "expected 'sha256:0'"),
     ("pretrain", "it1/labels/train/card.json", "corpus", "sha256:0", "corpus is 'sha256:0'"),
     ("pretrain", "it1/labels/train/card.json", "codebook", "sha256:0", "codebook is"),
-    ("pretrain", "it1/labels/train/card.json", "num_codes", 7, "num_codes"),
+    ("pretrain", "it1/labels/train/card.json", "num_codes", 7, "there are 7 codes"),
     ("pretrain", "it1/labels/validation/card.json", "rate", 50, "rate"),
     ("pretrain", "it1/labels/train/card.json", "kind", "features", "kind is 'features'"),
     ("features of a layer", "it1/checkpoints/card.json", "made_from.optim.peak_lr", 1.0, "peak_lr"),
     ("features of a layer", LAST, "model.num_heads", 2, "model.num_heads is 2"),
     ("features of a layer", LAST, "model.pre_norm", False, "model.pre_norm is False"),
     ("cluster of a layer", "it2/features/card.json", "source.layer", 1, "source.layer is 1"),
-    ("label by a layer", "it2/codebook.json", "source.step", 10, "source.step is 10"),
-    ("export units", "it2/codebook.json", "source.encoder", "sha256:0", "source.encoder is"),
+    (
+        "label by a layer",
+        "it2/codebook.json",
+        "source.checkpoint.step",
+        10,
+        "checkpoint.step is 10",
+    ),
+    ("export units", "it2/codebook.json", "source.checkpoint.encoder", "sha256:0", "sha256:0"),
     ("export units", LAST, "model.num_heads", 2, "model.num_heads is 2"),
 )
 # Who else reads a card again: whoever made it.
@@ -135,6 +141,6 @@ def change(path: pathlib.Path, field: str, value: Any) -> None:
     if value is None:
         place.pop(last, None)
     else:
-        assert place.get(last) != value, f"{path}: {field} is {value} already"
+        assert last in ("format", *place) and place.get(last) != value, f"{path}: {field}"
         place[last] = value
     path.write_text(json.dumps(card))

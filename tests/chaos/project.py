@@ -13,6 +13,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from tests import tones
@@ -48,15 +49,17 @@ class Ran(NamedTuple):
         """What the command says went wrong, in words; "" where it does not say, or ended well."""
         pattern = r"^hubert \w+: error: (.*?)^Once that is mended"
         found = re.search(pattern, self.output, re.MULTILINE | re.DOTALL)
-        return found[1] if found and self.code == 1 and "Traceback" not in self.output else ""
+        return found[1] if found and self.code == 1 else ""
 
 
 class Project:
     """BASE/work, made and unmade; BASE/before/STAGE, what it was before each stage."""
 
-    def __init__(self, base: pathlib.Path):
+    def __init__(self, base: pathlib.Path, *, stages: Sequence[str] = ()):
         self.base, self.work = base, base / "work"
-        self.stages = commands(base)
+        self.stages = {
+            name: x for name, x in commands(base).items() if name in stages or not stages
+        }
         self.changes: dict[str, list[Change]] = {}
         cache = os.environ.get("JAX_COMPILATION_CACHE_DIR") or str(base / "programs")
         (base / "temporary").mkdir(parents=True, exist_ok=True)

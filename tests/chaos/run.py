@@ -10,8 +10,10 @@ the full and read-only disks, which are left out otherwise.
 
 import argparse
 import functools
+import logging
 import pathlib
 import random
+import re
 import shutil
 import sys
 import tempfile
@@ -118,7 +120,7 @@ def run(chaos: Chaos, *, seconds: float, only: str) -> tuple[dict[str, list[int]
     end = time.monotonic() + seconds
 
     def attempt(trial: Trial) -> None:
-        if only not in trial.fault:
+        if not re.search(only, trial.fault):
             return
         found = trial.lost()
         print(f"{trial.fault}: {trial.what}: {found or 'survived'}", file=sys.stderr, flush=True)
@@ -148,9 +150,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--minutes", type=float, default=30.0, help="kills go on until then")
-    parser.add_argument("--only", default="", help="faults with this in their name")
+    parser.add_argument("--only", default="", help="faults in whose name this is found")
     args = parser.parse_args()
     started = time.monotonic()
+    logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax warns of files it never wrote
     base = pathlib.Path(tempfile.mkdtemp(prefix="chaos-"))
     with disks.mounted(base / "work") as has_disk:
         project = Project(base)
