@@ -53,6 +53,8 @@ def trial(project: Project, stage: str, moments: list[str]) -> list[str] | None:
         faults += repeated(ran, newest, resumed)
         if not is_killed:
             break
+        if steps_ahead(project) > STEPS_AHEAD:
+            faults.append(f"{steps_ahead(project)} steps are not in a checkpoint")
     faults += compare.differences(project.work, project.after(stage), resumed)
     faults += litter(project)
     return [f"{stage}, {moments}: {fault}" for fault in faults] if was_killed else None
