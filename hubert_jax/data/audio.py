@@ -39,6 +39,12 @@ class Rejected(Exception):
     """Why a recording does not go into the corpus, in words for rejected.tsv."""
 
 
+def rejected_row(id_: str, reason: str) -> str:
+    """A line of rejected.tsv: one line, and UTF-8 whatever a file was called."""
+    fields = (text.encode("utf-8", "backslashreplace").decode() for text in (id_, reason))
+    return "\t".join(" ".join(field.split()) for field in fields)
+
+
 def open_file(file: BinaryIO) -> soundfile.SoundFile:
     try:
         sound = soundfile.SoundFile(file)
