@@ -12,7 +12,7 @@ import re
 import time
 
 from tests.chaos import compare
-from tests.chaos.project import CHECKPOINT_EVERY, Change, Project, Ran
+from tests.chaos.project import CHECKPOINT_EVERY, Change, Project, Ran, clear
 
 # Of a checkpoint that is being written in the background, training may be this far ahead.
 STEPS_AHEAD = 2 * CHECKPOINT_EVERY
@@ -104,8 +104,7 @@ def litter(project: Project) -> list[str]:
     """What is left in the folder for temporary files."""
     folder = project.base / "temporary"
     names = sorted(path.name for path in folder.iterdir())
-    for path in folder.iterdir():
-        path.rmdir() if path.is_dir() and not any(path.iterdir()) else None
+    clear(folder)
     return [f"{folder}: {name} left over" for name in names]
 
 

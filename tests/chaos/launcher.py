@@ -34,7 +34,7 @@ def watch(folder: str, changes: str, kill: str) -> None:
     def hook(event: str, args: tuple) -> None:
         if event not in EVENTS or (event == "open" and not (args[2] or 0) & WRITES):
             return
-        path = absolute(args[0], args[-1])
+        path = absolute(args[0], -1 if event == "open" else args[-1])
         if path is None or not path.startswith(folder):
             return
         with counting:

@@ -94,8 +94,7 @@ class Project:
 
     def restore(self, stage: str) -> None:
         """The work directory as it was before the stage. The folder itself may be a mount."""
-        for path in self.work.iterdir():
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        clear(self.work)
         shutil.copytree(self.base / "before" / stage, self.work, dirs_exist_ok=True)
 
     def start(self, stage: str, *more: str, **environment: str) -> "Running":
@@ -140,6 +139,15 @@ class Running:
     def kill(self) -> None:
         """With its workers."""
         os.killpg(self.process.pid, signal.SIGKILL)
+
+
+def clear(folder: pathlib.Path) -> None:
+    """Empties a folder."""
+    for path in folder.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
 
 
 def commands(base: pathlib.Path) -> dict[str, list[str]]:
