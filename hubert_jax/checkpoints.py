@@ -91,6 +91,7 @@ class Checkpoints:
         if "kept" not in card:  # one of 0.2.0
             return
         rule = CheckpointConfig(**card["kept"])
+        processes.wait("checkpoints listed")  # by all, before the first is removed
         for step in sorted(self._manager.all_steps())[: -rule.keep_last]:
             if not rule.keep_every or step % rule.keep_every:
                 self._manager.delete(step)
