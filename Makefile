@@ -1,6 +1,8 @@
 # make demo    the whole loop on synthetic speech, some minutes on a laptop
 # make test    the tests
 # make fuzz    100,000 damaged files, shared out among all readers
+# make chaos   kills, full disks and the like, half an hour: the table of docs/RELIABILITY.md
+# make soak    an hour of training: memory, files and time as it goes on
 # make lint    format, style and types
 # Each sets up .venv first, from python3 alone, unless that is done.
 
@@ -10,7 +12,7 @@ WORKDIR ?= work/demo
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test fuzz lint clean
+.PHONY: demo test fuzz chaos soak lint clean
 
 demo: $(VENV)/installed
 	PATH="$(CURDIR)/$(BIN):$$PATH" launch/local.sh run --config=configs/demo.py --workdir=$(WORKDIR)
@@ -21,6 +23,12 @@ test: $(VENV)/installed
 
 fuzz: $(VENV)/installed
 	$(BIN)/python -m tests.fuzz.run
+
+chaos: $(VENV)/installed
+	$(BIN)/python -m tests.chaos.run
+
+soak: $(VENV)/installed
+	$(BIN)/python -m tests.chaos.soak
 
 lint: $(VENV)/installed
 	$(BIN)/ruff format --check .

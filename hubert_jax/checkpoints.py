@@ -15,7 +15,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
-from hubert_jax import sharding, weights
+from hubert_jax import processes, sharding, weights
 from hubert_jax.data import cards
 from hubert_jax.heads import Hubert, Weights
 from hubert_jax.model import Encoder
@@ -23,6 +23,8 @@ from hubert_jax.train import State
 
 # Fields of a model's config that no shape shows and that change what it computes.
 COMPUTES = ("conv_norm", "pre_norm", "num_heads", "position_groups", "normalize_audio")
+
+UNFINISHED = ".orbax-checkpoint-tmp"  # in the name of what Orbax has not finished
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,6 +40,7 @@ class Checkpoints:
     def __init__(self, folder, config: CheckpointConfig):
         self.folder = epath.Path(folder)
         self.config = config
+        _remove_unfinished(self.folder)
         options = ocp.CheckpointManagerOptions(
             max_to_keep=config.keep_last,
             keep_period=config.keep_every or None,
@@ -59,7 +62,9 @@ class Checkpoints:
         items = ocp.args.Composite(
             params=ocp.args.StandardSave(params),
             optimizer=ocp.args.StandardSave(optimizer),
-            card=ocp.args.JsonSave(card | {"step": step, "checksums": sums}),
+            card=ocp.args.JsonSave(
+                card | {"step": step, "checksums": sums, "kept": dataclasses.asdict(self.config)}
+            ),
         )
         with enough_space(self.folder):  # the failure of an earlier save shows here too
             self._manager.save(step, args=items)
@@ -77,6 +82,20 @@ class Checkpoints:
             opt_state=_restore(step, "optimizer", state.opt_state, card),
         )
 
+    def finish(self) -> None:
+        """Removes what a run that was killed at its very end had no time to remove.
+
+        That is what the newest checkpoint replaced, by the rule of the run that saved it.
+        """
+        card = read_card(self.folder)
+        if "kept" not in card:  # one of 0.2.0
+            return
+        rule = CheckpointConfig(**card["kept"])
+        processes.wait("checkpoints listed")  # by all, before the first is removed
+        for step in sorted(self._manager.all_steps())[: -rule.keep_last]:
+            if not rule.keep_every or step % rule.keep_every:
+                self._manager.delete(step)
+
     def wait(self) -> None:
         """Until everything is on disk."""
         with enough_space(self.folder):
@@ -85,6 +104,15 @@ class Checkpoints:
     def close(self) -> None:
         self.wait()
         self._manager.close()
+
+
+def _remove_unfinished(folder: epath.Path) -> None:
+    """What a run that was killed in the middle of a save has left."""
+    if processes.is_first() and folder.is_dir():
+        for path in folder.iterdir():
+            if UNFINISHED in path.name:
+                path.rmtree()
+    processes.wait("checkpoints")
 
 
 @contextlib.contextmanager
@@ -173,7 +201,16 @@ def read_card(path) -> dict:
     """The card of a checkpoint: its configs, codes and labels, and the step."""
     step = resolve(path)
     with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as checkpointer, readable(step):
-        return checkpointer.restore(step / "card")
+        card = checkpointer.restore(step / "card")
+    cards.check_format(step / "card", card)
+    for part in ("model", "head"):  # which no array shows in all their fields
+        made_from = card.get("made_from", {}).get(part)  # absent where it was imported
+        difference = made_from and cards.first_difference(card.get(part), made_from)
+        if difference:
+            field, found, made = difference
+            reason = f"card: {part}.{field} is {found!r}, it was trained with {made!r}"
+            raise _damaged(step, reason)
+    return card
 
 
 def load_model(path) -> tuple[Hubert, dict]:
@@ -248,6 +285,7 @@ def write_weights(folder: epath.Path, model: Weights, card: dict) -> None:
     Raises ValueError when the folder has a checkpoint that was made from something else.
     """
     folder = epath.Path(folder)
+    _remove_unfinished(folder)
     with ocp.CheckpointManager(folder.resolve()) as manager, enough_space(folder):
         if manager.latest_step() is not None:
             cards.require(folder / "card.json", read_card(folder), made_from=card["made_from"])

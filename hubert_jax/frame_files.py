@@ -181,9 +181,10 @@ def _write_rejected(rejected: dict[str, str], num_utterances: int, out: epath.Pa
     path.unlink(missing_ok=True)
     if not rejected:
         return
+    rows = [audio.rejected_row(id_, why) for id_, why in rejected.items()]
     with cards.whole(path) as unfinished:
-        unfinished.write_text("".join(f"{id_}\t{why}\n" for id_, why in rejected.items()))
-    id_, why = next(iter(rejected.items()))
+        unfinished.write_text("\n".join(rows) + "\n", encoding="utf-8")
+    id_, _, why = rows[0].partition("\t")
     message = (
         f"{len(rejected)} of {num_utterances} recordings left out, listed in {path}; the first is"
         f" {id_}: {why}"

@@ -19,6 +19,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from hubert_jax import logs
+from hubert_jax.data import cards
 
 NAME = ".running"
 HEARTBEAT = 30.0  # seconds
@@ -45,6 +46,7 @@ def held(folder: os.PathLike | str, command: str) -> Iterator[None]:
         "since": time.strftime("%Y-%m-%d %H:%M:%S"), "command": command,
     }  # fmt: skip
     _take(path, mine)
+    _sweep(path, socket.gethostname())
     ended = threading.Event()
     beating = threading.Thread(target=_beat, args=(path, ended), daemon=True)
     beating.start()
@@ -60,8 +62,9 @@ def held(folder: os.PathLike | str, command: str) -> Iterator[None]:
 def _take(path: pathlib.Path, mine: dict[str, Any]) -> None:
     """Creates the lock; in one step, so that of two runs that start together one gets it."""
     unfinished = path.with_name(f"{NAME}-{mine['host']}-{mine['process']}")
-    unfinished.write_text(json.dumps(mine))
     try:
+        with cards.enough_space(path):
+            unfinished.write_text(json.dumps(mine))
         while True:
             try:
                 os.link(unfinished, path)  # fails where there is one, and is whole where not
@@ -86,7 +89,16 @@ def _take(path: pathlib.Path, mine: dict[str, Any]) -> None:
                 path.rename(gone)
                 gone.unlink()
     finally:
-        unfinished.unlink()
+        with contextlib.suppress(FileNotFoundError):  # not even begun, on a disk that is read-only
+            unfinished.unlink()
+
+
+def _sweep(path: pathlib.Path, host: str) -> None:
+    """Removes what runs that were killed while they took the lock have left beside it."""
+    for left in path.parent.glob(f"{NAME}-{host}-*"):
+        process = left.name.removeprefix(f"{NAME}-{host}-").removesuffix("-stale")
+        if process.isdigit() and (int(process) == os.getpid() or _born(int(process)) is None):
+            left.unlink(missing_ok=True)
 
 
 def is_alive(owner: dict[str, Any], *, age: float) -> bool:

@@ -7,6 +7,7 @@ says the same.
 
 import contextlib
 import json
+import math
 import pathlib
 import sys
 import tempfile
@@ -18,9 +19,10 @@ from typing import Self
 import tqdm
 from etils import epath
 
-from hubert_jax.data import places
+from hubert_jax.data import cards, places
 
 SECONDS_BETWEEN_LINES = 10.0
+SECONDS_BETWEEN_FLUSHES = 30.0  # of TensorBoard's events
 SECONDS_BETWEEN_UPLOADS = 60.0  # of metrics in a bucket
 _is_silent = False  # this process, of several that do the same
 
@@ -155,37 +157,35 @@ class Metrics:
 
     def __init__(self, folder, *, resume_from: int):
         self._bucket = None if places.is_local(folder) else epath.Path(folder)
-        self._scratch = tempfile.TemporaryDirectory(prefix="hubert_jax-")
-        self.path = pathlib.Path(self._scratch.name if self._bucket else folder) / "metrics.jsonl"
+        self._scratch = tempfile.TemporaryDirectory(prefix="hubert_jax-") if self._bucket else None
+        self.path = pathlib.Path(self._scratch.name if self._scratch else folder) / "metrics.jsonl"
         self.path.parent.mkdir(parents=True, exist_ok=True)
         if self._bucket and (self._bucket / self.path.name).exists():
             self.path.write_bytes((self._bucket / self.path.name).read_bytes())
         if self.path.exists():
             _drop_lines_after(self.path, resume_from)
         self._lines = self.path.open("a", encoding="utf-8")
-        with _hidden("torch"):  # which it loads where there is one, two seconds for nothing
-            import tensorboardX
-
-        self._events = tensorboardX.SummaryWriter(
-            str(self.path.parent), purge_step=resume_from + 1, flush_secs=30
-        )
+        self._events = _Events(self.path.parent, first_step=resume_from + 1)
         self._last_upload = time.monotonic()
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Records `values` after `step` steps. Names with a slash group the plots: 'train/loss'."""
         floats = {name: float(value) for name, value in values.items()}
-        self._lines.write(json.dumps({"step": int(step), **floats}) + "\n")
-        self._lines.flush()
-        for name, value in floats.items():
-            self._events.add_scalar(name, value, global_step=int(step))
+        with cards.enough_space(self.path):
+            self._lines.write(json.dumps({"step": int(step), **floats}) + "\n")
+            self._lines.flush()
+        with cards.enough_space(self.path.parent):
+            self._events.write(int(step), floats)
         if time.monotonic() - self._last_upload > SECONDS_BETWEEN_UPLOADS:
             self._upload()
 
     def close(self) -> None:
-        self._lines.close()
-        self._events.close()
+        with cards.enough_space(self.path.parent):
+            self._lines.close()
+            self._events.close()
         self._upload()
-        self._scratch.cleanup()
+        if self._scratch:
+            self._scratch.cleanup()
 
     def _upload(self) -> None:
         """Nothing can be appended to a file in a bucket: all of it is written again."""
@@ -198,6 +198,37 @@ class Metrics:
 
     def __exit__(self, *error) -> None:
         self.close()
+
+
+class _Events:
+    """A file for TensorBoard, written by the caller.
+
+    tensorboardX' own writer has a thread, which a full disk ends: nobody is told, and once the
+    queue to it is full training waits for ever.
+    """
+
+    def __init__(self, folder: pathlib.Path, *, first_step: int):
+        with _hidden("torch"):  # which it loads where there is one, two seconds for nothing
+            from tensorboardX import event_file_writer, summary
+            from tensorboardX.proto import event_pb2
+
+        self._event, self._scalar = event_pb2.Event, summary.scalar
+        self._file = event_file_writer.EventsWriter(str(folder / "events"))
+        start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+        # Steps from here on, of a run that was stopped, are hidden.
+        self._file.write_event(self._event(step=first_step, session_log=start))
+        self._last_flush = -math.inf
+
+    def write(self, step: int, floats: Mapping[str, float]) -> None:
+        for name, value in floats.items():
+            event = self._event(step=step, wall_time=time.time(), summary=self._scalar(name, value))
+            self._file.write_event(event)
+        if time.monotonic() - self._last_flush > SECONDS_BETWEEN_FLUSHES:
+            self._last_flush = time.monotonic()
+            self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
 
 
 class _NoMetrics(Metrics):
@@ -240,6 +271,5 @@ def _hidden(package: str) -> Iterator[None]:
 
 def _drop_lines_after(path: pathlib.Path, step: int) -> None:
     kept = [line for line in read_metrics(path) if line["step"] <= step]
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
-    temporary.replace(path)
+    with cards.whole(path) as unfinished:
+        unfinished.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")

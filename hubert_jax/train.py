@@ -145,8 +145,9 @@ def fit(
             done += 1
             stopped = stop_asked(done)
             pending.append(metrics)
-            if done % report_every == 0 or done == num_steps:
-                ready = pending if done == num_steps else pending[:-1]
+            is_last = done == num_steps or stopped
+            if done % report_every == 0 or is_last:
+                ready = pending if is_last else pending[:-1]
                 if ready:
                     ready = jax.device_get(ready)
                     for number, values in enumerate(ready, start=done - len(pending) + 1):

@@ -1,11 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checkpoints that hold a model and no optimiser; test_train.py has those of a run."""
+"""Checkpoints that hold a model alone, and what is left of killed runs; test_train.py has more."""
 
+import json
+import shutil
+
+import jax
 import numpy as np
 import pytest
 from etils import epath
 
-from hubert_jax import checkpoints, weights
+from hubert_jax import checkpoints, train, weights
 from hubert_jax.data import cards
 from hubert_jax.heads import Weights
 from tests import tiny
@@ -35,3 +39,54 @@ def test_another_checkpoint_is_never_taken_for_the_one_written(tmp_path):
     (tmp_path / "0").rename(tmp_path / "7")
     with pytest.raises(ValueError, match=r"made_from\.imported is 'sha256:"):
         checkpoints.write_weights(epath.Path(tmp_path), *made(1))
+
+
+def saved(folder, *, steps: tuple[int, ...], keep_last: int, keep_every: int = 0) -> None:
+    """Checkpoints as a run leaves them that ends at the last of `steps`."""
+    config = checkpoints.CheckpointConfig(every=1, keep_last=keep_last, keep_every=keep_every)
+    made = checkpoints.Checkpoints(folder, config)
+    for step in steps:
+        state = train.State(jax.numpy.int32(step), tiny.model(), (jax.numpy.zeros(1),))
+        made.save(state, {"kind": "checkpoint"})
+    made.close()
+
+
+def names(folder) -> set[str]:
+    return {path.name for path in folder.iterdir()}
+
+
+def test_what_a_killed_run_was_writing_is_removed_by_the_next_one(tmp_path):
+    saved(tmp_path, steps=(1,), keep_last=1)
+    shutil.copytree(tmp_path / "1", tmp_path / "2.orbax-checkpoint-tmp")
+    saved(tmp_path, steps=(), keep_last=1)
+    assert names(tmp_path) == {"1"}
+
+
+def test_what_a_killed_run_was_removing_is_removed_by_its_own_rule(tmp_path):
+    for keep_last, keep_every, want in ((1, 0, {"4"}), (2, 0, {"3", "4"}), (1, 2, {"2", "4"})):
+        folder = tmp_path / f"{keep_last}-{keep_every}"
+        saved(folder, steps=(1, 2, 3, 4), keep_last=keep_last, keep_every=keep_every)
+        assert names(folder) == want
+        for step in "123":
+            shutil.copytree(folder / "4", folder / step, dirs_exist_ok=True)
+        shutil.rmtree(folder / "1" / "params")  # it was at this one
+        other = checkpoints.CheckpointConfig(every=1, keep_last=3, keep_every=0)  # asked for now
+        again = checkpoints.Checkpoints(folder, other)
+        again.finish()
+        again.close()
+        assert names(folder) == want
+
+
+def test_a_card_that_is_not_of_the_training_is_refused_by_field(tmp_path):
+    model, card = made(0)
+    facts = {"model": card["model"], "head": card["head"]}
+    checkpoints.write_weights(epath.Path(tmp_path), model, card | {"made_from": facts})
+    path = tmp_path / "0" / "card" / "metadata"
+    written = json.loads(path.read_text())
+    checkpoints.load_weights(tmp_path)
+    path.write_text(json.dumps(written | {"model": written["model"] | {"num_heads": 2}}))
+    with pytest.raises(ValueError, match=r"model\.num_heads is 2, it was trained with 4"):
+        checkpoints.load_weights(tmp_path)
+    path.write_text(json.dumps(written | {"format": 2}))
+    with pytest.raises(ValueError, match="format is 2"):
+        checkpoints.load_weights(tmp_path)

@@ -103,3 +103,18 @@ def test_an_error_within_gives_the_folder_back(tmp_path):
     with pytest.raises(RuntimeError), locks.held(tmp_path, "run"):
         raise RuntimeError
     assert not any(tmp_path.iterdir())
+
+
+def test_what_a_run_left_that_was_killed_while_it_took_the_lock_goes(tmp_path):
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    host = socket.gethostname()
+    for process in (ended.pid, f"{ended.pid}-stale", os.getppid()):
+        (tmp_path / f"{locks.NAME}-{host}-{process}").touch()
+    (tmp_path / f"{locks.NAME}-elsewhere-1").touch()
+    with locks.held(tmp_path, "run"):
+        pass
+    assert {path.name for path in tmp_path.iterdir()} == {
+        f"{locks.NAME}-{host}-{os.getppid()}",  # at it right now
+        f"{locks.NAME}-elsewhere-1",  # who knows
+    }

@@ -1,8 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Progress without a terminal, and metrics that a restarted run does not repeat."""
 
+import errno
+import struct
 import subprocess
 import sys
+import tempfile
+
+import pytest
 
 from hubert_jax import logs
 
@@ -73,3 +78,50 @@ def test_tensorboard_does_not_bring_torch(tmp_path):
         [sys.executable, "-c", program], capture_output=True, check=True, text=True
     )
     assert done.stdout.split() == ["False", "True"]
+
+
+def test_metrics_on_a_local_disk_need_no_temporary_folder(tmp_path, monkeypatch):
+    """A killed run would leave it."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    (tmp_path / "temporary").mkdir()
+    with logs.Metrics(tmp_path / "logs", resume_from=0):
+        assert not any((tmp_path / "temporary").iterdir())
+
+
+def events_of(folder):
+    """The events of the TensorBoard files in a folder, the oldest file first."""
+    from tensorboardX.proto import event_pb2
+
+    events = []
+    for path in sorted(folder.glob("events.*"), key=lambda path: path.stat().st_mtime_ns):
+        data = path.read_bytes()
+        while data:
+            (size,) = struct.unpack("Q", data[:8])  # and a checksum of 4 bytes on either side
+            events.append(event_pb2.Event.FromString(data[12 : 12 + size]))
+            data = data[16 + size :]
+    return events
+
+
+def test_tensorboard_is_told_where_a_run_went_on(tmp_path):
+    with logs.Metrics(tmp_path, resume_from=7) as metrics:
+        metrics.write(8, {"train/loss": 2.5})
+    version, start, event = events_of(tmp_path)
+    assert version.file_version == "brain.Event:2"
+    assert start.session_log.status == start.session_log.START and start.step == 8
+    (value,) = event.summary.value
+    assert (event.step, value.tag, value.simple_value) == (8, "train/loss", 2.5)
+
+
+def test_a_full_disk_ends_a_run_in_words_whichever_file_it_meets(tmp_path, monkeypatch):
+    """tensorboardX' own writer would stop quietly, and then hold the run up for ever."""
+    for part in ("_lines", "_events"):
+        metrics = logs.Metrics(tmp_path / part, resume_from=0)
+        metrics.write(1, {"train/loss": 1.0})
+
+        def write(*args):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        with metrics, monkeypatch.context() as patched:
+            patched.setattr(getattr(metrics, part), "write", write, raising=False)
+            with pytest.raises(OSError, match=f"no space left writing {tmp_path / part}"):
+                metrics.write(2, {"train/loss": 1.0})

@@ -141,7 +141,7 @@ def test_reports_cover_every_step_once_and_one_step_late(trained):
 
 def test_a_signal_saves_and_stops(trained):
     make, step = trained
-    saved = []
+    saved, seen = [], []
     handler = signal.getsignal(signal.SIGTERM)
 
     def interrupting(state, batch, key):
@@ -150,8 +150,12 @@ def test_a_signal_saves_and_stops(trained):
         return step(state, batch, key)
 
     with pytest.raises(train.Interrupted, match="SIGTERM after step 3"):
-        fit(make(), interrupting, 0, 5, save=lambda state: saved.append(int(state.step)))
+        fit(
+            make(), interrupting, 0, 5, save=lambda state: saved.append(int(state.step)),
+            report=lambda n, sums, *_: seen.append((n, sums["gradient_norm"][1])), report_every=2,
+        )  # fmt: skip
     assert saved == [3]
+    assert seen == [(1, 1), (3, 2)]  # no step's metrics are lost
     assert signal.getsignal(signal.SIGTERM) == handler
 
 

@@ -32,18 +32,23 @@ def get_config(folder: pathlib.Path, *more: str):
 
 def make_project(folder: pathlib.Path, *more: str) -> pathlib.Path:
     """FOLDER/tones, and a work directory FOLDER/work in which it1 has its labels."""
+    write(folder / "tones")
+    config, workdir = get_config(folder, *more), epath.Path(folder / "work")
+    prepare.run(config, workdir)
+    for stage in run.arrows_of(config, workdir)[:3]:
+        run.walk(stage, config, workdir, place=stage)
+    return folder
+
+
+def write(folder: pathlib.Path) -> None:
+    """The six files, of three speakers, with phone times that mean nothing."""
     for n in range(6):
         rng = np.random.default_rng(n)
         time = np.arange(4_000) / 16_000
         tones = [np.sin(2 * np.pi * 200 * 1.4**p * time) for p in rng.integers(0, 8, 10)]
         num_samples = 40_000 - 100 * n
         audio_S = 0.2 * np.concatenate(tones)[:num_samples] + 0.01 * rng.normal(size=num_samples)
-        path = folder / "tones" / f"speaker{n % 3}" / f"{n}.{'wav' if n % 2 else 'flac'}"
+        path = folder / f"speaker{n % 3}" / f"{n}.{'wav' if n % 2 else 'flac'}"
         path.parent.mkdir(parents=True, exist_ok=True)
         soundfile.write(path, audio_S, 16_000)
         path.with_suffix(".phn").write_text(f"0 8000 a\n8000 {num_samples} b\n")
-    config, workdir = get_config(folder, *more), epath.Path(folder / "work")
-    prepare.run(config, workdir)
-    for stage in run.arrows_of(config, workdir)[:3]:
-        run.walk(stage, config, workdir, place=stage)
-    return folder

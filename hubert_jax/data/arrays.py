@@ -108,6 +108,18 @@ class Store:
         return {**self.__dict__, "_memmaps": {}}  # worker processes map the files themselves
 
 
+def is_made(folder: epath.PathLike, made_from: cards.Card) -> bool:
+    """Whether the store is finished and made from this; as cards.is_made.
+
+    A run that was killed right after the card was written has left its PLAN, which goes here.
+    """
+    folder = epath.Path(folder)
+    if not cards.is_made(folder / "card.json", made_from):
+        return False
+    (folder / PLAN).unlink(missing_ok=True)
+    return True
+
+
 def write_store(
     folder: epath.PathLike,
     *,

@@ -176,13 +176,19 @@ def builder_class():
     """The TFDS builder, made here because TFDS takes most of a second to load."""
     import tensorflow_datasets as tfds
 
+    class Info(tfds.core.DatasetInfo):
+        """Not looked up among the public data sets: TFDS leaves a temporary folder each time."""
+
+        def initialize_from_bucket(self):
+            pass
+
     class Speech(tfds.core.ShardBasedBuilder):
         """Speech at 16 kHz in array_record shards, written by the workers of `hubert prepare`."""
 
         VERSION = tfds.core.Version(VERSION)
 
         def _info(self):
-            return tfds.core.DatasetInfo(
+            return Info(
                 builder=self,
                 description="Utterances of speech, made by hubert prepare",
                 features=features(),

@@ -8,6 +8,7 @@ Dimensions: S samples (16 kHz), I samples of the file, C channels.
 """
 
 import io
+import re
 from collections.abc import Iterable, Iterator
 from typing import BinaryIO
 
@@ -27,11 +28,21 @@ MAX_FLAC_OVERHEAD = 2**14  # bytes; libFLAC itself leaves 8 KiB of padding
 BLOCK_VALUES = 2**25  # of all channels, in a block; 60 s of stereo at 192 kHz are fewer
 MAX_CHANNELS = 64
 RATES = (1_000, 1_000_000)  # Hz; what says another rate has a damaged header
+# What libsndfile notes of a .wav, .aiff or .au that is shorter than its header says.
+SIZE_IN_LOG = re.compile(r"(?:data|SSND|Data Size) *: (\d+) \(should be (\d+)\)")
+MAX_MISSING = 1024  # bytes; less is a writer's carelessness and no frame of speech
+UNKNOWN_SIZE = 2**31 - 2**16  # bytes; who writes into a pipe fills in the largest number there is
 UNKNOWN_LENGTH = 2**62  # libsndfile's answer for a stream of unknown length is near 2**63
 
 
 class Rejected(Exception):
     """Why a recording does not go into the corpus, in words for rejected.tsv."""
+
+
+def rejected_row(id_: str, reason: str) -> str:
+    """A line of rejected.tsv: one line, and UTF-8 whatever a file was called."""
+    fields = (text.encode("utf-8", "backslashreplace").decode() for text in (id_, reason))
+    return "\t".join(" ".join(field.split()) for field in fields)
 
 
 def open_file(file: BinaryIO) -> soundfile.SoundFile:
@@ -42,6 +53,10 @@ def open_file(file: BinaryIO) -> soundfile.SoundFile:
     if sound.channels > MAX_CHANNELS or not RATES[0] <= sound.samplerate <= RATES[1]:
         sound.close()
         raise Rejected(f"unreadable: {sound.channels} channels at {sound.samplerate} Hz")
+    said = SIZE_IN_LOG.search(sound.extra_info)
+    if said and int(said[1]) - int(said[2]) >= MAX_MISSING and int(said[1]) < UNKNOWN_SIZE:
+        sound.close()
+        raise Rejected(f"ends early: {said[2]} of {said[1]} bytes of samples")
     return sound
 
 

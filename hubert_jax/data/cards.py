@@ -4,6 +4,7 @@
     {"kind": "features" | "codebook" | "labels" | "corpus" | "checkpoint",
      "made_from": everything that determines the content: config sections, digests of the inputs,
      "versions": of hubert_jax, jax and numpy,
+     "format": FORMAT,
      ... results: counts, scores}
 
 A stage reads the cards of its inputs and refuses what does not fit; it reads the card of its own
@@ -31,6 +32,9 @@ from hubert_jax.data import places
 
 Card = dict[str, Any]
 
+MAX_NAME = 255  # bytes of a file's name, on about every disk
+FORMAT = 1  # of cards and of what they describe; raised where an older version would misread it
+
 # What numpy, zipfile and zlib raise for a damaged .npz, among them MemoryError for a shape that no
 # machine could hold.
 DAMAGED = (
@@ -42,7 +46,13 @@ DAMAGED = (
 
 def new(kind: str, *, made_from: Card, **results: Any) -> Card:
     """A card of `kind`; `made_from` decides whether a later run may reuse the artefact."""
-    return {"kind": kind, "made_from": made_from, "versions": versions(), **results}
+    return {
+        "kind": kind,
+        "made_from": made_from,
+        "versions": versions(),
+        "format": FORMAT,
+        **results,
+    }
 
 
 def write(path: epath.PathLike, card: Card) -> None:
@@ -63,7 +73,20 @@ def read(path: epath.PathLike) -> Card:
         raise ValueError(f"{path}: not a card ({error}); remove {path.parent}") from error
     if not isinstance(card, dict) or not isinstance(card.get("made_from", {}), dict):
         raise ValueError(f"{path}: not a card, it holds {str(card)[:40]!r}; remove {path.parent}")
+    check_format(path, card)
     return card
+
+
+def check_format(path: epath.PathLike, card: Card) -> None:
+    """Raises ValueError where another version wrote the card, in a format not known here."""
+    found = card.get("format", FORMAT)  # absent in those of 0.2.0
+    if found != FORMAT:
+        wrote = card.get("versions")
+        version = wrote.get("hubert_jax") if isinstance(wrote, dict) else None
+        raise ValueError(
+            f"{path}: format is {found!r}, written by hubert_jax {version}; this is"
+            f" {versions()['hubert_jax']}, which knows format {FORMAT}: use that version"
+        )
 
 
 def read_text(path: epath.PathLike) -> str:
@@ -111,7 +134,7 @@ def is_made(path: epath.PathLike, wanted: Card, *, option: str = "--workdir") ->
     path = epath.Path(path)
     if not path.exists():
         return False
-    difference = _first_difference(read(path).get("made_from", {}), normal(wanted))
+    difference = first_difference(read(path).get("made_from", {}), normal(wanted))
     if difference is None:
         return True
     field, found, expected = difference
@@ -138,7 +161,7 @@ def require(
         found: Any = card
         for part in field.split("."):
             found = found.get(part, _ABSENT) if isinstance(found, dict) else _ABSENT
-        difference = _first_difference(normal(found), normal(want))
+        difference = first_difference(normal(found), normal(want))
         if difference is None:
             continue
         inner, found, want = difference
@@ -161,28 +184,38 @@ def whole(path: epath.PathLike) -> Iterator[epath.Path]:
     unfinished = _beside(path) if is_local else _elsewhere(path)
     leftover = unfinished if is_local else unfinished.parent
     try:
-        yield unfinished
-        if is_local:
-            unfinished.replace(path)
-        else:
-            places.upload(unfinished, path)
-            _remove(leftover)
-    except OSError as error:
-        _remove(leftover)
-        if error.errno == errno.ENOSPC:
-            raise OSError(
-                errno.ENOSPC,
-                f"no space left writing {path}; free some and run the same command again: "
-                "everything finished so far is kept",
-            ) from error
-        raise
+        with enough_space(path):
+            yield unfinished
+            if is_local:
+                unfinished.replace(path)
+            else:
+                places.upload(unfinished, path)
+                _remove(leftover)
     except BaseException:
         _remove(leftover)
         raise
 
 
+@contextlib.contextmanager
+def enough_space(path: epath.PathLike) -> Iterator[None]:
+    """Names the file where the disk is full, or a quota: the system's own error does not."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise OSError(
+            error.errno,
+            f"no space left writing {path}; free some and run the same command again: "
+            "everything finished so far is kept",
+        ) from error
+
+
 def _beside(path: epath.Path) -> epath.Path:
-    unfinished = path.parent / f".unfinished-{path.name}"
+    name = f".unfinished-{path.name}"
+    if len(os.fsencode(name)) > MAX_NAME:
+        name = f".unfinished-{hashlib.sha256(os.fsencode(path.name)).hexdigest()}"
+    unfinished = path.parent / name
     path.parent.mkdir(parents=True, exist_ok=True)
     _remove(unfinished)  # left by a killed run
     return unfinished
@@ -216,11 +249,11 @@ def normal(value: Any) -> Any:
 _ABSENT = "(absent)"
 
 
-def _first_difference(found: Any, want: Any) -> tuple[str, Any, Any] | None:
+def first_difference(found: Any, want: Any) -> tuple[str, Any, Any] | None:
     """(dotted field, found, wanted) of the first difference, "" where the values themselves."""
     if isinstance(found, dict) and isinstance(want, dict):
         for key in sorted(found.keys() | want.keys()):
-            inner = _first_difference(found.get(key, _ABSENT), want.get(key, _ABSENT))
+            inner = first_difference(found.get(key, _ABSENT), want.get(key, _ABSENT))
             if inner is not None:
                 name = f"{key}.{inner[0]}" if inner[0] else key
                 return name, inner[1], inner[2]

@@ -314,15 +314,19 @@ def _probed(items: list[Item]) -> Listing:
     """A listing with the seconds per byte of some of its files."""
     seconds, num_bytes = 0.0, 0
     for n in np.linspace(0, len(items) - 1, min(NUM_PROBED, len(items))).astype(int):
-        found = _seconds(items[n].path)
+        try:
+            with open(items[n].path, "rb") as file:  # soundfile knows UTF-8 names only
+                found = _seconds(file)
+        except OSError:  # read later, and rejected with the reason
+            found = 0.0
         if found:
             seconds += found
             num_bytes += items[n].num_bytes
     return Listing(items, seconds / max(num_bytes, 1))
 
 
-def _seconds(file: str | BinaryIO) -> float:
+def _seconds(file: BinaryIO) -> float:
     try:
         return soundfile.info(file).duration
     except (soundfile.SoundFileError, OSError):
-        return 0.0  # read later, and rejected with the reason
+        return 0.0

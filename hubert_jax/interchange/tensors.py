@@ -6,6 +6,7 @@ classes that fairseq leaves in its files become `StandIn`s here, which hold what
 nothing. torch is needed for .pt alone.
 """
 
+import errno
 import json
 import os
 import pathlib
@@ -52,7 +53,12 @@ def write(path: epath.PathLike, state: Mapping[str, np.ndarray]) -> None:
     contiguous = {name: np.ascontiguousarray(tensor) for name, tensor in state.items()}
     if path.suffix == SAFETENSORS:
         with cards.whole(path) as unfinished:  # transformers wants to know who wrote it
-            safetensors.numpy.save_file(contiguous, unfinished, metadata={"format": "pt"})
+            try:
+                safetensors.numpy.save_file(contiguous, unfinished, metadata={"format": "pt"})
+            except safetensors.SafetensorError as error:  # whatever happened on the disk
+                full = "No space left" in str(error)
+                code = errno.ENOSPC if full else errno.EIO
+                raise OSError(code, f"writing {path}: {error}") from error
             os.chmod(unfinished, 0o644)  # safetensors makes files that only their owner may read
     else:
         save_pt(path, to_torch(contiguous, path))
@@ -119,7 +125,11 @@ def save_pt(path: epath.PathLike, contents: Any) -> None:
     """Writes nested dicts and lists of plain values and torch tensors, whole or not at all."""
     torch = _torch(path)
     with cards.whole(path) as unfinished:
-        torch.save(contents, os.fspath(unfinished))
+        try:
+            torch.save(contents, os.fspath(unfinished))
+        except RuntimeError as error:  # of the disk; torch does not say which
+            reason = f"writing {path}: {str(error).splitlines()[0]}; is the disk full?"
+            raise OSError(errno.EIO, reason) from error
 
 
 def to_torch(state: Mapping[str, np.ndarray], path: epath.PathLike) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from hubert_jax import extract, logs
-from hubert_jax.data import cards
+from hubert_jax.data import arrays, cards
 from hubert_jax.data.corpus import Corpus, Split
 
 
@@ -74,7 +74,7 @@ def _store(
         "dtype": settings.dtype,
         **sampling,
     }
-    if cards.is_made(folder / "card.json", made_from):
+    if arrays.is_made(folder, made_from):
         logs.info(f"{folder}: done before, {len(positions)} utterances")
         return
     extract.write_store(

@@ -14,7 +14,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from hubert_jax import extract, logs, sharding
-from hubert_jax.data import cards, codebooks, labels
+from hubert_jax.data import arrays, cards, codebooks, labels
 from hubert_jax.data.corpus import Corpus
 from hubert_jax.ops import kmeans
 
@@ -62,7 +62,7 @@ def run(config: ConfigDict, workdir: epath.Path) -> None:
             "source": source.facts,
             "codebook": codebook,
         }
-        if cards.is_made(store / "card.json", made_from):
+        if arrays.is_made(store, made_from):
             logs.info(f"{store}: done before")
         else:
             extract.write_store(

@@ -17,7 +17,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from hubert_jax import logs, processes
-from hubert_jax.data import assembly, cards, corpus, readers, shards, workers
+from hubert_jax.data import assembly, audio, cards, corpus, readers, shards, workers
 from hubert_jax.data import plan as planning
 from hubert_jax.data.readers import Listing, Source
 from hubert_jax.ops import frames
@@ -84,10 +84,12 @@ def run(config: ConfigDict, workdir: epath.Path) -> None:
     settings = CorpusConfig(**config.corpus.to_dict())
     folder = workdir / "corpus"
     made_from = _made_from(settings, config.seed)
+    unfinished = folder / UNFINISHED
     if cards.is_made(folder / "card.json", made_from):
+        if unfinished.exists() and processes.is_first():  # killed right after the card was written
+            unfinished.rmtree()
         logs.info(f"{folder} is there\n{_table(cards.read(folder / 'card.json'))}")
         return
-    unfinished = folder / UNFINISHED
     sources = settings.sources
     if not cards.is_made(unfinished / "card.json", made_from) and processes.is_first():
         cards.write(unfinished / "card.json", cards.new("corpus", made_from=made_from))
@@ -248,13 +250,8 @@ def _check(
 
 def _write_rejected(path: epath.Path, rejected: Sequence[tuple[str, str]]) -> None:
     with cards.whole(path) as file:
-        lines = ["id\treason"] + ["\t".join(map(_field, row)) for row in rejected]
+        lines = ["id\treason"] + [audio.rejected_row(*row) for row in rejected]
         file.write_text("\n".join(lines) + "\n")
-
-
-def _field(text: str) -> str:
-    """Fit for a .tsv: on one line, and UTF-8 whatever a file was called."""
-    return " ".join(text.encode("utf-8", "backslashreplace").decode().split())
 
 
 def _table(card: Mapping[str, Any]) -> str:

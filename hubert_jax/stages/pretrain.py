@@ -77,6 +77,7 @@ def run(config: ConfigDict, workdir: epath.Path) -> None:
     saved = checkpoints.Checkpoints(folder, checkpoints.CheckpointConfig(**config.checkpoints))
     try:
         if saved.latest_step == settings.num_steps:
+            saved.finish()
             logs.info(f"{folder}: done before, {settings.num_steps} steps")
             return
         mesh = sharding.make_mesh(**config.mesh)

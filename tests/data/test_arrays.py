@@ -177,3 +177,14 @@ def test_damaged_shards_are_noticed_on_opening(tmp_path):
     path.unlink()
     with pytest.raises(ValueError, match="missing or broken"):
         arrays.Store(tmp_path)
+
+
+def test_a_kill_right_after_the_card_leaves_no_plan(tmp_path):
+    write(tmp_path)
+    (tmp_path / arrays.PLAN).write_text("{}")
+    assert arrays.is_made(tmp_path, {"layer": 6})
+    assert not (tmp_path / arrays.PLAN).exists()
+    (tmp_path / "card.json").unlink()
+    (tmp_path / arrays.PLAN).write_text("{}")
+    assert not arrays.is_made(tmp_path, {"layer": 6})
+    assert (tmp_path / arrays.PLAN).exists()  # it says what the shards are of

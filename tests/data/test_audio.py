@@ -2,6 +2,9 @@
 """Decoding, resampling, cutting and FLAC."""
 
 import io
+import pathlib
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -105,6 +108,82 @@ def test_only_16_khz_16_bit_mono_flac_is_stored_as_it_is():
         assert not audio.is_stored_form(audio.open_file(file), len(file.getvalue()))
     file = file_of(noise[:, 0], RATE, format="FLAC", subtype="PCM_16")
     assert not audio.is_stored_form(audio.open_file(file), 10 * len(file.getvalue()))  # a cover
+
+
+@pytest.mark.parametrize(
+    ("subtype", "step"),
+    [("PCM_U8", 2**-7), ("PCM_16", 2**-15), ("PCM_24", 2**-15), ("PCM_32", 2**-15),
+     ("FLOAT", 2**-15), ("DOUBLE", 2**-15), ("ULAW", 2**-4), ("ALAW", 2**-4)],
+)  # fmt: skip
+def test_samples_of_any_width_become_sixteen_bits(subtype, step):
+    audio_S = np.random.default_rng(0).uniform(-0.9, 0.9, RATE)
+    sound = audio.open_file(file_of(audio_S, RATE, format="WAV", subtype=subtype))
+    ((_, piece),) = audio.pieces(sound, RATE)
+    assert piece.dtype == np.int16
+    np.testing.assert_allclose(piece / 32768, audio_S, atol=step)
+
+
+def test_what_is_louder_than_sixteen_bits_is_clipped_and_not_folded():
+    loud = np.linspace(-3, 3, 601)
+    got = audio.to_int16(loud)
+    np.testing.assert_array_equal(got[loud >= 1], 32767)
+    np.testing.assert_array_equal(got[loud <= -1], -32768)
+    assert (np.diff(got.astype(int)) >= 0).all()
+
+
+def test_six_channels_are_averaged():
+    channels = np.random.default_rng(0).normal(0, 0.1, (RATE, 6))
+    sound = audio.open_file(file_of(channels, RATE, format="WAV", subtype="FLOAT"))
+    (got_S,) = audio.blocks(sound)
+    np.testing.assert_allclose(got_S, channels.mean(axis=1), atol=1e-6)
+
+
+@pytest.mark.parametrize("container", ["WAV", "AIFF", "AU"])
+def test_a_file_that_is_shorter_than_its_header_says_is_rejected(container):
+    noise = np.random.default_rng(0).normal(0, 0.1, 4 * RATE)
+    whole = file_of(noise, RATE, format=container, subtype="PCM_16").getvalue()
+    audio.open_file(io.BytesIO(whole[:-64]))  # two milliseconds
+    with pytest.raises(audio.Rejected, match=r"ends early: \d+ of \d+ bytes"):
+        audio.open_file(io.BytesIO(whole[: len(whole) // 2]))
+
+
+def test_a_stream_of_unknown_length_is_read_as_long_as_it_is():
+    """As sox and ffmpeg write into a pipe."""
+    noise = np.random.default_rng(0).normal(0, 0.1, RATE)
+    wav = bytearray(file_of(noise, RATE, format="WAV", subtype="PCM_16").getvalue())
+    data = wav.index(b"data") + 4
+    for size in (2**31 - 1, 2**32 - 1, 2**31 - 37):
+        wav[4:8] = wav[data : data + 4] = size.to_bytes(4, "little")
+        (got_S,) = audio.blocks(audio.open_file(io.BytesIO(bytes(wav))))
+        assert len(got_S) == RATE
+
+
+MEASURED = """
+import resource, sys
+from hubert_jax.data import readers, shards
+item = readers.Item("a", sys.argv[1], 1, "a", "", (), -1)
+limits = shards.Settings(min_samples=400, max_samples=480_000, synth={})
+outcome = shards.process(readers.Recording(item, None), limits)
+print(len(outcome.records), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+"""
+
+
+def test_an_hour_takes_hardly_more_memory_than_a_minute(tmp_path):
+    """Beside its FLAC: as float32 an hour is 230 MB, and 720 MB as it is read here."""
+    found = {}
+    for minutes in (1, 60):
+        path = tmp_path / f"{minutes}.wav"
+        minute = np.random.default_rng(0).normal(0, 0.01, (60 * 48_000, 1))
+        with soundfile.SoundFile(path, "w", 48_000, 1, "PCM_U8") as file:
+            for _ in range(minutes):
+                file.write(minute)
+        done = subprocess.run(
+            [sys.executable, "-c", MEASURED, str(path)],
+            capture_output=True, check=True, text=True, cwd=pathlib.Path(__file__).parents[2],
+        )  # fmt: skip
+        found[minutes] = [float(word) for word in done.stdout.split()]
+    assert found[60][0] >= 120  # pieces of at most 30 s
+    assert found[60][1] - found[1][1] < 120, found  # MB
 
 
 def test_unreadable_audio_says_why():

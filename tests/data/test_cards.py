@@ -101,3 +101,21 @@ def test_broken_card_names_its_folder(tmp_path):
 def test_digest_is_sha256_of_the_bytes(tmp_path):
     (tmp_path / "file").write_bytes(b"speech")
     assert cards.digest(tmp_path / "file") == "sha256:" + hashlib.sha256(b"speech").hexdigest()
+
+
+def test_a_card_of_a_later_format_is_refused_with_the_version_that_wrote_it(tmp_path):
+    path = tmp_path / "card.json"
+    card = cards.new("labels", made_from=MADE_FROM)
+    cards.write(path, {name: value for name, value in card.items() if name != "format"})
+    assert cards.is_made(path, MADE_FROM)  # 0.2.0 wrote none
+    cards.write(path, card | {"format": 2, "versions": {"hubert_jax": "7.0"}})
+    with pytest.raises(ValueError, match=r"card\.json: format is 2, written by hubert_jax 7\.0;"):
+        cards.is_made(path, MADE_FROM)
+
+
+def test_a_name_as_long_as_the_disk_allows_can_be_written(tmp_path):
+    path = tmp_path / ("a" * 251 + ".npy")
+    for text in ("old", "new"):
+        with cards.whole(path) as unfinished:
+            unfinished.write_text(text)
+    assert path.read_text() == "new" and list(tmp_path.iterdir()) == [path]

@@ -172,10 +172,11 @@ def test_archives_that_reach_outside_are_refused(tmp_path, name):
         listed(Source("librispeech", str(tmp_path / "a.tar.gz")))
 
 
-def test_links_in_archives_are_not_followed(tmp_path):
+@pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.FIFOTYPE])
+def test_links_in_archives_are_not_followed(tmp_path, kind):
     with tarfile.open(tmp_path / "a.tar", "w") as archive:
         link = tarfile.TarInfo("19-198-0000.flac")
-        link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
+        link.type, link.linkname = kind, "/etc/passwd"
         archive.addfile(link)
     assert list(archives.members(str(tmp_path / "a.tar"), lambda name: True)) == []
 

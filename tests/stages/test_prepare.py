@@ -2,6 +2,7 @@
 """hubert prepare on synthetic audio: splits, cuts, bad input, interruptions."""
 
 import hashlib
+import os
 import shutil
 import tarfile
 
@@ -163,6 +164,11 @@ def test_a_killed_rename_is_made_up_for(speech, tmp_path, monkeypatch):
     again = run(config(speech), tmp_path / "parts")
     assert again.card["fingerprint"] == whole.card["fingerprint"]
     assert contents(tmp_path / "parts") == contents(tmp_path / "whole")
+    left = tmp_path / "parts" / "corpus" / "unfinished"  # killed after the card
+    left.mkdir()
+    (left / "card.json").write_text("{}")
+    run(config(speech), tmp_path / "parts")
+    assert contents(tmp_path / "parts") == contents(tmp_path / "whole") and not left.exists()
 
 
 def test_archive_and_tree_are_the_same_corpus(tmp_path):
@@ -189,7 +195,15 @@ def test_unusable_audio_is_listed_and_the_rest_kept(speech, tmp_path, capsys, mo
     noise(bad / "off.wav", 0.3)
     (bad / "off.phn").write_text("0 99999 a\n")
     (speech / "s1" / "gone.wav").symlink_to(tmp_path / "nowhere")
-    with pytest.raises(ValueError, match=r"9 of 22 utterances \(40.91%\) .*max_rejected is 0.00%"):
+    (speech / "s1" / "loop.wav").symlink_to("loop.wav")
+    soundfile.write(bad / "one.wav", np.ones(1), 16_000)
+    noise(bad / "cut.wav", 0.5)
+    (bad / "cut.wav").write_bytes((bad / "cut.wav").read_bytes()[:9_000])
+    noise(bad / "name.wav", 0.5)
+    (bad / "name.wav").rename(bad / os.fsdecode(b"caf\xe9.wav"))
+    noise(bad / ("y" * 251 + ".wav"), 0.5)  # as long as a name can be: nothing is wrong with it
+    message = r"13 of 27 utterances \(48.15%\) .*max_rejected is 0.00%"
+    with pytest.raises(ValueError, match=message):
         run(config(speech), tmp_path)
     listed = (tmp_path / "corpus" / "rejected.tsv").read_text().splitlines()
     reasons = dict(line.split("\t") for line in listed[1:])
@@ -203,12 +217,16 @@ def test_unusable_audio_is_listed_and_the_rest_kept(speech, tmp_path, capsys, mo
         "s0/nan": "samples that",
         "s0/off": "alignment: t",
         "s1/gone": "unreadable: ",
+        "s1/loop": "unreadable: ",
+        "s0/one": "too short: 0",
+        "s0/cut": "ends early: ",
+        r"s0/caf\udce9": "file name th",
     }
     monkeypatch.setattr(shards, "process", None)  # nothing is decoded again
-    made = run(config(speech, max_rejected=0.41), tmp_path)
-    assert sum(len(made.split(split)) for split in made.splits) == 13
-    assert made.card["rejected"]["utterances"] == 9
-    assert "left out: 9 (" in capsys.readouterr().out
+    made = run(config(speech, max_rejected=0.49), tmp_path)
+    assert sum(len(made.split(split)) for split in made.splits) == 14
+    assert made.card["rejected"]["utterances"] == 13
+    assert "left out: 13 (" in capsys.readouterr().out
 
 
 def test_long_recordings_are_cut_with_their_times(tmp_path):

@@ -1,0 +1,140 @@
+# SPDX-License-Identifier: Apache-2.0
+"""SIGKILL and SIGTERM at any moment; then the same command until it is done.
+
+A trial is lost where the second start fails, or ends with anything but the reference's files, or
+repeats more than it should: a shard that was whole is written again, or training goes on from
+another checkpoint than the newest one.
+"""
+
+import pathlib
+import random
+import re
+import time
+
+from tests.chaos import compare
+from tests.chaos.project import CHECKPOINT_EVERY, Change, Project, Ran, clear
+
+# Of a checkpoint that is being written in the background, training may be this far ahead.
+STEPS_AHEAD = 2 * CHECKPOINT_EVERY
+GRACE_SECONDS = 30.0  # SLURM's default between SIGTERM and SIGKILL; Kubernetes' as well
+
+
+def draw(changes: list[Change], way: str, rng: random.Random) -> str:
+    """A moment, for the launcher: before a rename, right after one, at a change, at some time."""
+    renames = [n for n, change in enumerate(changes, 1) if change.what == "os.rename"]
+    if way == "rename" and renames:
+        return f"{rng.choice(renames)}:0"
+    if way == "renamed" and renames:
+        return f"{min(rng.choice(renames) + 1, len(changes))}:0"
+    if way == "change":
+        return f"{rng.randint(1, len(changes))}:0"
+    moment = rng.uniform(changes[0].time, changes[-1].time)
+    number = sum(change.time <= moment for change in changes)
+    return f"{number}:{moment - changes[number - 1].time:.4f}"
+
+
+def trial(project: Project, stage: str, moments: list[str]) -> list[str] | None:
+    """Kills a stage at each of the moments, start after start; what was lost, in words.
+
+    None where the stage was done before the first of them.
+    """
+    project.restore(stage)
+    faults, resumed = [], []
+    was_killed = False
+    for moment in [*moments, ""]:
+        newest, shards = newest_step(project.work), whole_shards(project.work)
+        ran = project.run(stage, CHAOS_KILL=moment)
+        is_killed = ran.code == -9 and bool(moment)
+        was_killed |= is_killed
+        if ran.code and not is_killed:
+            return [f"{stage}, {moment or 'started again'}: code {ran.code}:\n{ran.output}"]
+        if shards - whole_shards(project.work):
+            faults.append(f"{len(shards - whole_shards(project.work))} whole shards made again")
+        faults += repeated(ran, newest, resumed)
+        if not is_killed:
+            break
+        if steps_ahead(project) > STEPS_AHEAD:
+            faults.append(f"{steps_ahead(project)} steps are not in a checkpoint")
+    faults += compare.differences(project.work, project.after(stage), resumed)
+    faults += litter(project)
+    return [f"{stage}, {moments}: {fault}" for fault in faults] if was_killed else None
+
+
+def repeated(ran: Ran, newest: int, resumed: list[int]) -> list[str]:
+    """Training must go on at the newest checkpoint; where it did is added to `resumed`."""
+    found = re.search(r"going on after step (\d+)", ran.output)
+    if not found:
+        begins = "parameters on" in ran.output
+        return (
+            [f"training began anew, there was a checkpoint of {newest}"]
+            if newest and begins
+            else []
+        )
+    resumed.append(int(found[1]))
+    return [] if int(found[1]) == newest else [f"went on after {found[1]}, not {newest}"]
+
+
+def newest_step(work: pathlib.Path) -> int:
+    """Of the whole checkpoints; 0 where there is none."""
+    steps = [int(p.name) for p in work.glob("it1/checkpoints/*") if p.name.isdigit()]
+    return max(steps, default=0)
+
+
+def steps_ahead(project: Project) -> int:
+    """How many steps, of those that were reported, are not in a checkpoint."""
+    path = project.work / "it1" / "logs" / "metrics.jsonl"
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    steps = [int(re.search(r'"step": (\d+)', x)[1]) for x in lines if x.endswith("\n")]  # type: ignore[index]
+    return max(steps, default=0) - newest_step(project.work)
+
+
+def whole_shards(work: pathlib.Path) -> set[tuple[int, int]]:
+    """Of shards and exported files that are whole, the inodes and times: renamed, they stay."""
+    paths = [p for p in work.rglob("*.npy") if not p.name.startswith(".")]
+    paths += work.glob("corpus/*.array_record-*")
+    paths += [
+        p
+        for p in work.glob("corpus/unfinished/[!.]*.array_record")
+        if p.with_suffix(".npz").exists()
+    ]
+    return {(p.stat().st_ino, p.stat().st_mtime_ns) for p in paths}
+
+
+def litter(project: Project) -> list[str]:
+    """What is left in the folder for temporary files."""
+    folder = project.base / "temporary"
+    names = sorted(path.name for path in folder.iterdir())
+    clear(folder)
+    return [f"{folder}: {name} left over" for name in names]
+
+
+def terminate(project: Project, stage: str, moment: str) -> tuple[list[str], float, int]:
+    """SIGTERM at a moment, then the same command; (what was lost, seconds to the end, the code)."""
+    project.restore(stage)
+    number, _, seconds = moment.partition(":")
+    run = project.start(stage)
+    while len(run.changes) < int(number) and run.process.poll() is None:
+        time.sleep(0.002)
+    time.sleep(float(seconds))
+    signalled = time.monotonic()
+    run.process.terminate()
+    ran = run.wait()
+    took = time.monotonic() - signalled
+    resumed: list[int] = []
+    saved = re.search(r"stopped by SIGTERM after step (\d+); it is saved", ran.output)
+    faults = []
+    if ran.code not in (0, 130, -15):
+        faults.append(f"SIGTERM ended with {ran.code}:\n{ran.output}")
+    if (ran.code == 130) != bool(saved) or (saved and int(saved[1]) != newest_step(project.work)):
+        faults.append(
+            f"code {ran.code}, newest checkpoint {newest_step(project.work)}:\n{ran.output}"
+        )
+    if took > GRACE_SECONDS:
+        faults.append(f"took {took:.1f} s to end")
+    newest = newest_step(project.work)
+    again = project.run(stage)
+    if again.code:
+        faults.append(f"started again: code {again.code}:\n{again.output}")
+    faults += repeated(again, newest, resumed)
+    faults += compare.differences(project.work, project.after(stage), resumed) + litter(project)
+    return [f"{stage}, SIGTERM at {moment}: {fault}" for fault in faults], took, ran.code
