@@ -16,7 +16,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from hubert_jax import processes, sharding, weights
-from hubert_jax.data import cards
+from hubert_jax.data import cards, places
 from hubert_jax.heads import Hubert, Weights
 from hubert_jax.model import Encoder
 from hubert_jax.train import State
@@ -46,7 +46,7 @@ class Checkpoints:
             keep_period=config.keep_every or None,
             enable_async_checkpointing=True,
         )
-        self._manager = ocp.CheckpointManager(self.folder.resolve(), options=options)
+        self._manager = ocp.CheckpointManager(places.absolute(self.folder), options=options)
 
     @property
     def latest_step(self) -> int | None:
@@ -187,14 +187,14 @@ def resolve(path) -> epath.Path:
     """
     path = epath.Path(path)
     if (path / "params").exists():
-        return path.resolve()
+        return places.absolute(path)
     steps = [p for p in path.iterdir() if p.name.isdigit()] if path.is_dir() else []
     if not steps:
         raise FileNotFoundError(
             f"{path}: no checkpoint here; give a folder such as WORK/it1/checkpoints or one step"
             " in it, or run hubert pretrain first"
         )
-    return max(steps, key=lambda step: int(step.name)).resolve()
+    return places.absolute(max(steps, key=lambda step: int(step.name)))
 
 
 def read_card(path) -> dict:
@@ -286,7 +286,7 @@ def write_weights(folder: epath.Path, model: Weights, card: dict) -> None:
     """
     folder = epath.Path(folder)
     _remove_unfinished(folder)
-    with ocp.CheckpointManager(folder.resolve()) as manager, enough_space(folder):
+    with ocp.CheckpointManager(places.absolute(folder)) as manager, enough_space(folder):
         if manager.latest_step() is not None:
             cards.require(folder / "card.json", read_card(folder), made_from=card["made_from"])
             return

@@ -7,11 +7,12 @@ Checkpoints are not in this: tensorstore reads and writes those, past any fake o
 import os
 
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 from etils import epath
 from fsspec.implementations import memory
 
-from hubert_jax import logs
+from hubert_jax import checkpoints, logs
 from hubert_jax.data import arrays, cards, places
 from hubert_jax.stages import cluster, features, label, prepare
 from tests.test_loop import get_config, write_tones
@@ -103,3 +104,15 @@ def test_metrics_in_a_bucket_go_on_where_they_stopped(bucket):
         (1, 0), (2, 0), (3, 2), (4, 2), (5, 2)
     ]  # fmt: skip
     assert any("tfevents" in path.name for path in (bucket / "logs").iterdir())
+
+
+def test_a_checkpoint_in_a_bucket_is_not_looked_for_on_the_disk(bucket, monkeypatch):
+    folder = bucket / "work" / "it1" / "checkpoints"
+    for step in ("9", "10"):
+        cards.write(folder / step / "params" / "card.json", cards.new("params", made_from={}))
+    assert os.fspath(checkpoints.resolve(folder)) == os.fspath(folder / "10")
+    assert os.fspath(checkpoints.resolve(folder / "9")) == os.fspath(folder / "9")
+    folders = []
+    monkeypatch.setattr(ocp, "CheckpointManager", lambda path, **_: folders.append(path))
+    checkpoints.Checkpoints(folder, checkpoints.CheckpointConfig(1, 1, 0))
+    assert [os.fspath(path) for path in folders] == [os.fspath(folder)]

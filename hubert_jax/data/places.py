@@ -20,6 +20,15 @@ def is_local(path: epath.PathLike) -> bool:
     return "://" not in os.fspath(path)
 
 
+def absolute(path: epath.PathLike) -> epath.Path:
+    """`path` from the root of its disk; one in a bucket is that already.
+
+    epath would resolve gs://bucket/x to a folder gs: of the current one.
+    """
+    path = epath.Path(path)
+    return path.resolve() if is_local(path) else path
+
+
 def local(path: epath.PathLike) -> str:
     """The file at `path`, to be read by anything: itself, or its copy where it lies in a bucket.
 
