@@ -136,6 +136,19 @@ def fit(
     done = int(state.step)
     pending: list = []
     waited, since = 0.0, time.perf_counter()
+
+    def report_first(count: int) -> None:
+        """Of the steps that are pending, those that came first."""
+        nonlocal pending, waited, since
+        if not count:
+            return
+        ready = jax.device_get(pending[:count])
+        for number, values in enumerate(ready, start=done - len(pending) + 1):
+            watch(number, values)
+        now = time.perf_counter()
+        report(done - len(pending) + count, sum_metrics(ready), now - since, waited)
+        pending, waited, since = pending[count:], 0.0, now
+
     with processes.stop_signals() as stop_asked:
         while done < num_steps:
             asked = time.perf_counter()
@@ -145,17 +158,8 @@ def fit(
             done += 1
             stopped = stop_asked(done)
             pending.append(metrics)
-            is_last = done == num_steps or stopped
-            if done % report_every == 0 or is_last:
-                ready = pending if is_last else pending[:-1]
-                if ready:
-                    ready = jax.device_get(ready)
-                    for number, values in enumerate(ready, start=done - len(pending) + 1):
-                        watch(number, values)
-                    sums = sum_metrics(ready)
-                    now = time.perf_counter()
-                    report(done - len(pending) + len(ready), sums, now - since, waited)
-                    pending, waited, since = pending[len(ready) :], 0.0, now
+            if done % report_every == 0 or done == num_steps:
+                report_first(len(pending) - (done < num_steps))
             if done % validate_every == 0 or done == num_steps:
                 start = time.perf_counter()
                 validate(state)
@@ -163,6 +167,7 @@ def fit(
             if done % save_every == 0 or done == num_steps or stopped:
                 save(state)
             if stopped and done < num_steps:
+                report_first(len(pending))
                 raise Interrupted(f"stopped by {stopped} after step {done}; it is saved")
     return state
 

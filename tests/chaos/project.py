@@ -55,7 +55,7 @@ class Ran(NamedTuple):
 class Project:
     """BASE/work, made and unmade; BASE/before/STAGE, what it was before each stage."""
 
-    def __init__(self, base: pathlib.Path, *, stages: Sequence[str] = ()):
+    def __init__(self, base: pathlib.Path, *, stages: Sequence[str] = (), xla_flags: str = ""):
         self.base, self.work = base, base / "work"
         self.stages = {
             name: x for name, x in commands(base).items() if name in stages or not stages
@@ -70,7 +70,7 @@ class Project:
             "JAX_PLATFORMS": "cpu",
             "JAX_COMPILATION_CACHE_DIR": cache,
             "JAX_ENABLE_COMPILATION_CACHE": "true",
-            "XLA_FLAGS": XLA_FLAGS.format(1),
+            "XLA_FLAGS": f"{XLA_FLAGS.format(1)} {xla_flags}",
             "CHAOS_SHARD_SECONDS": SHARD_SECONDS,
             "CHAOS_FOLDER": str(self.work),
         }

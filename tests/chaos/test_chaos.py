@@ -13,6 +13,8 @@ import pytest
 from tests.chaos import compare, disks, kills
 from tests.chaos.project import NUM_STEPS, Project
 
+# Compiling is most of what runs this small do.
+XLA_FLAGS = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 STAGES = ("prepare", "features", "cluster", "label", "pretrain")
 
 
@@ -20,7 +22,7 @@ STAGES = ("prepare", "features", "cluster", "label", "pretrain")
 def project(tmp_path_factory):
     base = tmp_path_factory.mktemp("chaos")
     with disks.mounted(base / "work"):
-        made = Project(base, stages=STAGES)
+        made = Project(base, stages=STAGES, xla_flags=XLA_FLAGS)
         made.make_reference()
         yield made
 
