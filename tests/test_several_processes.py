@@ -195,3 +195,18 @@ def test_layouts_over_processes_change_no_loss(launch, alone, tmp_path, processe
     difference = largest_difference(workdir, alone)
     print(f"{mesh} on {processes} x {devices}: losses {difference:.2g} relative")
     assert difference < 1e-4
+
+
+@pytest.mark.several_processes
+def test_training_goes_on_on_other_processes(launch, alone, tmp_path):
+    """Ten steps on one device, the others on two processes of four."""
+    workdir = copied(alone, tmp_path / "work", "it1/checkpoints", "it1/logs", "it2")
+    flags = ("checkpoints.every=10", "checkpoints.keep_last=2")
+    launch(1, 1, "pretrain:it1", workdir, *flags)
+    last = workdir / "it1" / "checkpoints" / str(NUM_STEPS)
+    shutil.rmtree(last)
+    launch(2, 4, "pretrain:it1", workdir, *flags)
+    assert last.is_dir()
+    difference = largest_difference(workdir, alone)
+    print(f"10 steps on 1 x 1, 10 on 2 x 4: losses {difference:.2g} relative")
+    assert 0 < difference < 1e-4  # 0: the second half is the first run's
