@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """HuBERT pretraining in JAX: from a folder of speech to an encoder, its units and its features."""
 
-__version__ = "0.2.0"
+__version__ = "0.3.0"
 
 
 def load(path):

@@ -202,7 +202,7 @@ def read_card(path) -> dict:
     step = resolve(path)
     with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as checkpointer, readable(step):
         card = checkpointer.restore(step / "card")
-    cards.check_format(step / "card", card)
+    cards.check(step / "card", card)
     for part in ("model", "head"):  # which no array shows in all their fields
         made_from = card.get("made_from", {}).get(part)  # absent where it was imported
         difference = made_from and cards.first_difference(card.get(part), made_from)

@@ -87,9 +87,15 @@ def _conv(x_BTC, kernel, stride: int = 1):
 def _gradients_of_conv(stride: int, saved, grad_BTD):
     x_BTC, kernel = saved
     (grad_kernel,) = jax.linear_transpose(lambda k: _conv(x_BTC, k, stride), kernel)(grad_BTD)
-    if jax.default_backend() == "cpu":
-        return _input_gradient(grad_BTD, kernel, stride, x_BTC.shape[1]), grad_kernel
-    (grad_BTC,) = jax.linear_transpose(lambda x: _conv(x, kernel, stride), x_BTC)(grad_BTD)
+
+    def by_phase(grad_BTD, kernel):
+        return _input_gradient(grad_BTD, kernel, stride, x_BTC.shape[1])
+
+    def transposed(grad_BTD, kernel):
+        return jax.linear_transpose(lambda x: _conv(x, kernel, stride), x_BTC)(grad_BTD)[0]
+
+    # Not by the default backend: hubert plan compiles for TPUs on a CPU.
+    grad_BTC = jax.lax.platform_dependent(grad_BTD, kernel, cpu=by_phase, default=transposed)
     return grad_BTC, grad_kernel
 
 
@@ -131,9 +137,14 @@ def _mean_of_channels(x):
     """On CPU the same bits in any batch: XLA adds up a row in an order that depends on how many
     rows there are, but not in a product with a matrix (a vector would not do either).
     """
-    if jax.default_backend() != "cpu":
+
+    def product(x):
+        return (x @ jnp.full((x.shape[-1], 4), 1 / x.shape[-1], x.dtype))[..., :1]
+
+    def mean(x):
         return jnp.mean(x, axis=-1, keepdims=True)
-    return (x @ jnp.full((x.shape[-1], 4), 1 / x.shape[-1], x.dtype))[..., :1]
+
+    return jax.lax.platform_dependent(x, cpu=product, default=mean)
 
 
 class GroupNorm(nnx.Module):

@@ -9,6 +9,7 @@ another one its age does. Where a run has several processes the first one holds 
 """
 
 import contextlib
+import errno
 import json
 import os
 import pathlib
@@ -24,6 +25,7 @@ from hubert_jax.data import cards
 NAME = ".running"
 HEARTBEAT = 30.0  # seconds
 STALE = 10 * 60.0  # seconds without a heartbeat, after which a run on another host is given up
+NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS)  # what disks without hard links say
 
 
 class Held(ValueError):
@@ -67,12 +69,13 @@ def _take(path: pathlib.Path, mine: dict[str, Any]) -> None:
             unfinished.write_text(json.dumps(mine))
         while True:
             try:
-                os.link(unfinished, path)  # fails where there is one, and is whole where not
+                _create(path, unfinished)
                 return
             except FileExistsError:
                 owner = _read(path)
             now = unfinished.stat().st_mtime  # of the file system's clock, as the lock's is
-            if is_alive(owner, age=now - _touched(path, now)):
+            age = now - _touched(path, now)
+            if is_alive(owner, age=age) and (_is_here(owner) or _is_heard(path, owner, age)):
                 raise Held(
                     f"{path.parent}: another run is at work here: {owner.get('command')}, process"
                     f" {owner.get('process')} on {owner.get('host')} since {owner.get('since')}."
@@ -93,6 +96,36 @@ def _take(path: pathlib.Path, mine: dict[str, Any]) -> None:
             unfinished.unlink()
 
 
+def _create(path: pathlib.Path, unfinished: pathlib.Path) -> None:
+    """Fails where there is a lock, and is whole where not, if the disk has links."""
+    try:
+        os.link(unfinished, path)
+    except OSError as error:
+        if error.errno not in NO_LINKS:
+            raise
+        with path.open("x") as file:
+            file.write(unfinished.read_text())
+
+
+def _is_heard(path: pathlib.Path, owner: dict[str, Any], age: float) -> bool:
+    """Whether an owner on another host shows up again before it counts as gone; waits for that.
+
+    A job that a scheduler puts back onto another node finds the lock of its own former self.
+    """
+    left, last = STALE - age, _touched(path, 0.0)
+    logs.info(
+        f"{path}: of process {owner.get('process')} on {owner.get('host')}, silent for {age:.0f} s;"
+        f" waiting for its heartbeat, at most {left:.0f} s"
+    )
+    deadline = time.monotonic() + left
+    while time.monotonic() < deadline:
+        time.sleep(min(1.0, HEARTBEAT))
+        touched = _touched(path, 0.0)
+        if touched != last:
+            return touched > 0  # 0: it has ended, and the lock with it
+    return False
+
+
 def _sweep(path: pathlib.Path, host: str) -> None:
     """Removes what runs that were killed while they took the lock have left beside it."""
     for left in path.parent.glob(f"{NAME}-{host}-*"):
@@ -103,9 +136,13 @@ def _sweep(path: pathlib.Path, host: str) -> None:
 
 def is_alive(owner: dict[str, Any], *, age: float) -> bool:
     """Whether the owner of a lock whose last heartbeat is `age` seconds ago is still at work."""
-    if owner.get("host") != socket.gethostname():
+    if not _is_here(owner):
         return age < STALE
     return owner.get("born") is not None and _born(owner.get("process")) == owner["born"]
+
+
+def _is_here(owner: dict[str, Any]) -> bool:
+    return owner.get("host") == socket.gethostname()
 
 
 def owner_of(folder: os.PathLike | str) -> dict[str, Any] | None:

@@ -15,7 +15,9 @@ set -euo pipefail
 
 requeue() { # SLURM ends this script on the way
   # A job that was cancelled is ending, and one that SLURM puts back itself needs no help.
-  [[ $(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T) == RUNNING ]] || return 0
+  local state # none where the controller does not answer
+  state=$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T || true)
+  [[ ${state:-RUNNING} == RUNNING ]] || return 0
   echo "slurm.sh: job $SLURM_JOB_ID is put back into the queue (so far: ${SLURM_RESTART_COUNT:-0})"
   scontrol requeue "$SLURM_JOB_ID"
   sleep 60

@@ -35,6 +35,25 @@ def test_gradients_of_a_strided_convolution_are_those_that_jax_derives(
         np.testing.assert_allclose(got, want, rtol=0, atol=1e-5)
 
 
+# --- forms for CPUs
+
+
+@pytest.mark.parametrize("platform", ("cpu", "tpu", "cuda"))
+def test_what_is_compiled_for_another_platform_here_has_no_form_for_cpus(platform):
+    norm = layers.LayerNorm(8)
+    kernel = jnp.ones((3, 8, 8))
+
+    def gradient(x_BTC):
+        return jax.grad(lambda x: jnp.sum(jnp.sin(layers.strided_conv(x, kernel, 2))))(x_BTC)
+
+    def lowered(function) -> str:
+        traced = jax.jit(function).trace(jnp.ones((2, 21, 8)))
+        return traced.lower(lowering_platforms=(platform,)).as_text()
+
+    assert ("dot_general" in lowered(norm)) == (platform == "cpu")
+    assert ("lhs_dilate = [2]" in lowered(gradient)) == (platform != "cpu")
+
+
 # --- dropout
 
 

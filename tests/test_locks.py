@@ -7,6 +7,7 @@ import pathlib
 import socket
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -59,16 +60,49 @@ def other_host(folder, age):
     os.utime(path, (time.time() - age,) * 2)
 
 
-def test_a_run_on_another_host_counts_as_gone_once_its_heartbeat_stopped(tmp_path):
+def test_a_run_on_another_host_is_refused_once_it_is_heard(tmp_path, monkeypatch):
+    monkeypatch.setattr(locks, "HEARTBEAT", 0.01)
     other_host(tmp_path, locks.STALE - 60)
+    beat = threading.Timer(0.3, os.utime, [tmp_path / locks.NAME])
+    beat.start()
+    started = time.monotonic()
     with (
         pytest.raises(locks.Held, match="process 1 on elsewhere since then"),
         locks.held(tmp_path, "second"),
     ):
         pass
+    assert 0.2 < time.monotonic() - started < 30
+    beat.join()
+
+
+def test_a_run_on_another_host_counts_as_gone_once_its_heartbeat_stopped(tmp_path, capsys):
     other_host(tmp_path, locks.STALE + 60)
     with locks.held(tmp_path, "second"):
         pass
+    assert "waiting" not in capsys.readouterr().out
+
+
+def test_a_job_that_goes_on_on_another_node_waits_for_its_former_self(
+    tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(locks, "HEARTBEAT", 0.01)
+    other_host(tmp_path, locks.STALE - 1)
+    with locks.held(tmp_path, "second"):
+        assert json.loads((tmp_path / locks.NAME).read_text())["process"] == os.getpid()
+    assert "waiting for its heartbeat" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("code", locks.NO_LINKS)
+def test_a_disk_without_links_has_locks_too(tmp_path, monkeypatch, code):
+    def link(*paths):
+        raise OSError(code, "no links here")
+
+    monkeypatch.setattr(os, "link", link)
+    with locks.held(tmp_path, "first"):
+        assert json.loads((tmp_path / locks.NAME).read_text())["process"] == os.getpid()
+        with pytest.raises(locks.Held), locks.held(tmp_path, "second"):
+            pass
+    assert not any(tmp_path.iterdir())
 
 
 def test_a_process_number_that_is_used_again_is_another_process(tmp_path):

@@ -71,14 +71,14 @@ def read(path: epath.PathLike) -> Card:
         ) from error
     except (ValueError, RecursionError) as error:  # not JSON, or not UTF-8
         raise ValueError(f"{path}: not a card ({error}); remove {path.parent}") from error
-    if not isinstance(card, dict) or not isinstance(card.get("made_from", {}), dict):
-        raise ValueError(f"{path}: not a card, it holds {str(card)[:40]!r}; remove {path.parent}")
-    check_format(path, card)
+    check(path, card)
     return card
 
 
-def check_format(path: epath.PathLike, card: Card) -> None:
-    """Raises ValueError where another version wrote the card, in a format not known here."""
+def check(path: epath.Path, card: Any) -> None:
+    """Raises ValueError where it is no card, or of a format that is not known here."""
+    if not isinstance(card, dict) or not isinstance(card.get("made_from", {}), dict):
+        raise ValueError(f"{path}: not a card, it holds {str(card)[:40]!r}; remove {path.parent}")
     found = card.get("format", FORMAT)  # absent in those of 0.2.0
     if found != FORMAT:
         wrote = card.get("versions")

@@ -140,10 +140,11 @@ def _turns(line: str, bodies: dict[str, Instructions]) -> int:
         bodies[re.search(rf"{part}=%?([\w.\-]+)", line)[1]]  # type: ignore[index]
         for part in ("condition", "body")
     )
-    (compared,) = (value for value in condition.values() if _opcode(value)[0] == "compare")
-    counter, limit = (condition[name] for name in _operands(compared))
-    place, limited = ELEMENT.search(counter), CONSTANT.search(limit)
-    if not place or not limited or "direction=LT" not in compared:
+    compared = [value for value in condition.values() if _opcode(value)[0] == "compare"]
+    operands = [condition[name] for each in compared for name in _operands(each)]
+    place = ELEMENT.search(operands[0]) if len(operands) == 2 else None
+    limited = CONSTANT.search(operands[1]) if place else None
+    if not place or not limited or "direction=LT" not in compared[0]:
         raise ValueError(f"a loop without a known number of turns: {line[:200]}")
     # XLA unrolls rings of permutes: such a loop counts two at each turn.
     *_, results = (value for value in body.values() if _opcode(value)[0] == "tuple")

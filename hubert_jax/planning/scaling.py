@@ -30,7 +30,10 @@ def topology(name: str) -> Topology:
     kind, _, size = name.partition(":")
     if kind == FAKE.name and size.isdigit() and int(size):
         return Topology(FAKE, (int(size),))
-    return chips.topology(name)
+    found = chips.topology(name)
+    if not found.chip.is_tpu:
+        raise ValueError(f"{name}: programs are compiled for TPUs and for cpu:8, not for GPUs")
+    return found
 
 
 def on_mesh(work: Work, mesh: dict[str, int]) -> Work:

@@ -61,6 +61,8 @@ def main(argv: Sequence[str]) -> None:
     config = config_files.configured(top, args.config, overrides)
     jax.config.update("jax_platforms", "cpu")  # what is planned for is not here
     if args.weak_scaling:
+        if args.estimate or args.out:
+            top.error("--weak_scaling prints what it compiles: no --estimate, no --out")
         print(weak_scaling(config, args))
         return
     topology = chips.topology(args.topology)
