@@ -31,6 +31,8 @@ def test_gradients_of_a_strided_convolution_are_those_that_jax_derives(
         loss = lambda x_BTC, kernel: jnp.sum(jnp.sin(conv(x_BTC, kernel, stride)))  # noqa: E731
         return jax.grad(loss, argnums=(0, 1))(x_BTC, kernel)
 
+    got, want = layers.strided_conv(x_BTC, kernel, stride), plain(x_BTC, kernel, stride)
+    np.testing.assert_allclose(got, want, rtol=0, atol=1e-5)
     for got, want in zip(gradients(layers.strided_conv), gradients(plain), strict=True):
         np.testing.assert_allclose(got, want, rtol=0, atol=1e-5)
 
