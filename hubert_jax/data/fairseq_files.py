@@ -56,7 +56,10 @@ def read_manifest(path: epath.PathLike) -> Manifest:
             raise ValueError(f"{path}, line {number}: {line!r} is not 'path<TAB>number of samples'")
         normal = os.path.normpath(name)
         if os.path.isabs(normal) or normal.split(os.sep)[0] == "..":
-            raise ValueError(f"{path}, line {number}: {name!r} leads out of {root}")
+            raise ValueError(
+                f"{path}, line {number}: {name!r} leads out of {root}; to allow it, name in line 1"
+                " a folder that holds all of the audio, and give every path below that"
+            )
         rows.append(Row(normal, int(num_samples)))
     return Manifest(root, rows)
 

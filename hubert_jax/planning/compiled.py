@@ -117,9 +117,10 @@ def program_of(lower: Callable[[list], jax.stages.Lowered], topology: Topology) 
             process.join()
         log = folder / "log"
         said = log.read_text(errors="replace") if log.exists() else ""
-        if process.exitcode and not list(folder.glob(f"*jit_step*{LAST}")):
+        reports = list(folder.glob(f"*jit_step*{MEMORY}"))
+        if not reports or (process.exitcode and not list(folder.glob(f"*jit_step*{LAST}"))):
             return Program("", "", said)
-        (report,) = folder.glob(f"*jit_step*{MEMORY}")
+        (report,) = reports
         text = report.with_name(report.name.removesuffix(MEMORY) + PROGRAM)
         return Program(text.read_text(), report.read_text(), said)
 

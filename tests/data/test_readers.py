@@ -211,6 +211,17 @@ def test_manifest(tmp_path):
         assert [os.path.exists(item.path) for item in items] == [True, True, False, True]
 
 
+def test_a_wider_root_allows_what_a_narrower_one_refuses(tmp_path):
+    manifest = tmp_path / "a" / "train.tsv"
+    manifest.parent.mkdir()
+    manifest.write_text(".\n../b/x.wav\t5\n")
+    with pytest.raises(ValueError, match="to allow it, name in line 1"):
+        listed(Source("tsv", str(manifest)))
+    manifest.write_text("..\nb/x.wav\t5\n")
+    (item,) = listed(Source("tsv", str(manifest)))
+    assert os.path.realpath(item.path) == os.path.realpath(tmp_path / "b" / "x.wav")
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
