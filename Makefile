@@ -26,6 +26,7 @@ fuzz: $(VENV)/installed
 
 chaos: $(VENV)/installed
 	$(BIN)/python -m tests.chaos.run
+	$(BIN)/python -m tests.chaos.run --processes=2 --minutes=15
 
 soak: $(VENV)/installed
 	$(BIN)/python -m tests.chaos.soak

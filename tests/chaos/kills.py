@@ -7,30 +7,15 @@ another checkpoint than the newest one.
 """
 
 import pathlib
-import random
 import re
 import time
 
 from tests.chaos import compare
-from tests.chaos.project import CHECKPOINT_EVERY, Change, Project, Ran, clear
+from tests.chaos.project import CHECKPOINT_EVERY, Project, Ran, clear
 
 # Of a checkpoint that is being written in the background, training may be this far ahead.
 STEPS_AHEAD = 2 * CHECKPOINT_EVERY
 GRACE_SECONDS = 30.0  # SLURM's default between SIGTERM and SIGKILL; Kubernetes' as well
-
-
-def draw(changes: list[Change], way: str, rng: random.Random) -> str:
-    """A moment, for the launcher: before a rename, right after one, at a change, at some time."""
-    renames = [n for n, change in enumerate(changes, 1) if change.what == "os.rename"]
-    if way == "rename" and renames:
-        return f"{rng.choice(renames)}:0"
-    if way == "renamed" and renames:
-        return f"{min(rng.choice(renames) + 1, len(changes))}:0"
-    if way == "change":
-        return f"{rng.randint(1, len(changes))}:0"
-    moment = rng.uniform(changes[0].time, changes[-1].time)
-    number = sum(change.time <= moment for change in changes)
-    return f"{number}:{moment - changes[number - 1].time:.4f}"
 
 
 def trial(project: Project, stage: str, moments: list[str]) -> list[str] | None:

@@ -8,6 +8,7 @@ be tried again and again, always in the same folder: cards hold paths.
 
 import os
 import pathlib
+import random
 import re
 import shutil
 import signal
@@ -28,6 +29,7 @@ SIZES = (
 )  # fmt: skip
 SHARD_SECONDS = "2.0"  # of features and labels, where a run has ten minutes at least
 SECONDS = 180.0  # any command that is still at work then hangs
+WAYS = ("rename", "time", "renamed", "change")  # of drawing the moment of a kill
 XLA_FLAGS = "--xla_force_host_platform_device_count={}"
 
 
@@ -97,6 +99,10 @@ class Project:
         clear(self.work)
         shutil.copytree(self.base / "before" / stage, self.work, dirs_exist_ok=True)
 
+    def draw(self, stage: str, way: str, rng: random.Random) -> str:
+        """A moment of a stage, as the launcher takes it; `way` is one of WAYS."""
+        return draw(self.changes[stage], way, rng)
+
     def start(self, stage: str, *more: str, **environment: str) -> "Running":
         return Running(self, [*self.stages[stage], *more], environment)
 
@@ -148,6 +154,20 @@ def clear(folder: pathlib.Path) -> None:
             shutil.rmtree(path)
         else:
             path.unlink()
+
+
+def draw(changes: list[Change], way: str, rng: random.Random) -> str:
+    """A moment, for the launcher: before a rename, right after one, at a change, at some time."""
+    renames = [n for n, change in enumerate(changes, 1) if change.what == "os.rename"]
+    if way == "rename" and renames:
+        return f"{rng.choice(renames)}:0"
+    if way == "renamed" and renames:
+        return f"{min(rng.choice(renames) + 1, len(changes))}:0"
+    if way == "change":
+        return f"{rng.randint(1, len(changes))}:0"
+    moment = rng.uniform(changes[0].time, changes[-1].time)
+    number = sum(change.time <= moment for change in changes)
+    return f"{number}:{moment - changes[number - 1].time:.4f}"
 
 
 def commands(base: pathlib.Path) -> dict[str, list[str]]:

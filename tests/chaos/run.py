@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Everything that can be done to a run, as often as there is time, and what was lost.
 
-    make chaos                                        # 30 minutes
+    make chaos                                                        # 30 and 15 minutes
     python -m tests.chaos.run --seed=0 --minutes=10 --only=SIGKILL
+    python -m tests.chaos.run --processes=2 --minutes=15              # of several: SIGKILL only
 
 Prints the table of docs/RELIABILITY.md; the exit code is 1 where something was lost. Needs root for
 the full and read-only disks, which are left out otherwise.
@@ -23,9 +24,8 @@ from typing import NamedTuple
 
 from hubert_jax import logs
 from tests.chaos import disks, elastic, folders, kills, programs
-from tests.chaos.project import Project
-
-WAYS = ("rename", "time", "renamed", "change")  # of drawing the moment of a kill
+from tests.chaos.project import WAYS, Project
+from tests.chaos.several import SeveralProcesses
 
 
 class Trial(NamedTuple):
@@ -43,8 +43,10 @@ class Chaos:
         self.notes: list[str] = []
 
     def once(self) -> Iterator[Trial]:
-        """What is tried once, or once for each stage."""
+        """What is tried once, or once for each stage. With several processes: nothing."""
         project, rng = self.project, self.rng
+        if isinstance(project, SeveralProcesses):
+            return
 
         def trial(fault: str, what: str, function: Callable, *args) -> Trial:
             return Trial(fault, what, functools.partial(function, *args))
@@ -79,13 +81,10 @@ class Chaos:
             for stage in self.project.stages:
                 way = WAYS[number % len(WAYS)]
                 count = 2 if number % 4 == 3 else 1
-                moments = [self.draw(stage, way) for _ in range(count)]
+                moments = [self.project.draw(stage, way, self.rng) for _ in range(count)]
                 lost = functools.partial(kills.trial, self.project, stage, moments)
                 yield Trial(f"SIGKILL in {row(stage)}", f"{stage}, {way} {moments}", lost)
             number += 1
-
-    def draw(self, stage: str, way: str) -> str:
-        return kills.draw(self.project.changes[stage], way, self.rng)
 
     def moved(self) -> list[str]:
         found = elastic.moved(self.project)
@@ -101,7 +100,9 @@ class Chaos:
         return refused
 
     def terminated(self, stage: str) -> list[str] | None:
-        lost, seconds, code = kills.terminate(self.project, stage, self.draw(stage, "time"))
+        lost, seconds, code = kills.terminate(
+            self.project, stage, self.project.draw(stage, "time", self.rng)
+        )
         if stage == "pretrain":
             self.notes.append(f"SIGTERM in pretrain: code {code} after {seconds:.1f} s")
         return lost if code else None
@@ -150,13 +151,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--minutes", type=float, default=30.0, help="kills go on until then")
+    parser.add_argument("--processes", type=int, default=1, help="of every run (1)")
     parser.add_argument("--only", default="", help="faults in whose name this is found")
     args = parser.parse_args()
     started = time.monotonic()
     logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax warns of files it never wrote
     base = pathlib.Path(tempfile.mkdtemp(prefix="chaos-"))
     with disks.mounted(base / "work") as has_disk:
-        project = Project(base)
+        several = args.processes > 1
+        project = SeveralProcesses(base, args.processes) if several else Project(base)
         project.make_reference()
         seconds = 60 * args.minutes - (time.monotonic() - started)
         chaos = Chaos(project, args.seed, has_disk=has_disk)
@@ -167,6 +170,11 @@ def main() -> None:
     if not has_disk:
         print("no full and read-only disks: a tmpfs cannot be mounted here (root can)")
     minutes = (time.monotonic() - started) / 60
+    if isinstance(project, SeveralProcesses):
+        print(
+            f"{args.processes} processes; after the kill of one alone the others ended within"
+            f" {project.longest:.1f} s"
+        )
     print(f"seed {args.seed}, {time.strftime('%Y-%m-%d')}, {minutes:.0f} minutes")
     print("\n\n".join(lost))
     sys.exit(1 if lost else 0)

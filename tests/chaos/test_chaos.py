@@ -12,6 +12,7 @@ import pytest
 
 from tests.chaos import compare, disks, kills
 from tests.chaos.project import NUM_STEPS, Project
+from tests.chaos.several import SeveralProcesses
 
 # Compiling is most of what runs this small do.
 XLA_FLAGS = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
@@ -31,7 +32,7 @@ def test_every_stage_killed_once_ends_as_if_nothing_had_happened(project):
     rng = random.Random(0)
     killed = 0
     for stage, way in zip(STAGES, ("rename", "renamed", "change", "time", "rename"), strict=True):
-        moment = kills.draw(project.changes[stage], way, rng)
+        moment = project.draw(stage, way, rng)
         lost = kills.trial(project, stage, [moment])
         assert not lost, "\n".join(lost)
         killed += lost is not None
@@ -52,6 +53,18 @@ def test_a_full_disk_is_an_error_and_costs_nothing_else(project):
         pytest.skip("a tmpfs cannot be mounted here")
     lost = disks.full(project, "label", 0.5)
     assert not lost, "\n".join(lost)
+
+
+@pytest.mark.several_processes
+def test_one_of_two_processes_killed(tmp_path):
+    """Alone, in the middle of a checkpoint: the other ends by itself, and both start again."""
+    made = SeveralProcesses(tmp_path, 2, stages=STAGES, xla_flags=XLA_FLAGS)
+    made.make_reference()
+    names = [change.name for change in made.changes_of["pretrain"][0]]
+    saving = names.index("it1/checkpoints/10.orbax-checkpoint-tmp") + 2
+    for stage, moment in (("label", "1/2:0/alone"), ("pretrain", f"0/{saving}:0/alone")):
+        lost = kills.trial(made, stage, [moment])
+        assert lost == [], lost
 
 
 @pytest.fixture
