@@ -201,23 +201,27 @@ def _update(optimizer: optim.OptimConfig, hubert: Hubert) -> Work:
 def matmul_peak(dtype: str, *, rounds: int = 5) -> float:
     """Operations per second of the best of a few square matmuls, on one device.
 
-    Of random numbers: zeros and ones draw less power, and a GPU multiplies them faster. On a GPU
-    they are larger and several at a time, lest the call itself count.
+    Of random numbers: zeros and ones draw less power, and a GPU multiplies them faster. On a CPU
+    they fit its caches; on a GPU they are larger and several at a time, lest the call itself count.
     """
-    size, repeats = (4096, 1) if jax.default_backend() == "cpu" else (8192, 10)
+    sizes = (1024, 1536, 2048) if jax.default_backend() == "cpu" else (8192,)
+    return max(_matmul_rate(size, dtype, rounds=rounds) for size in sizes)
+
+
+def _matmul_rate(size: int, dtype: str, *, rounds: int) -> float:
     x = jax.random.normal(jax.random.key(0), (size, size), dtype)
     scaled = x / size**0.5  # products keep the variance
 
     @jax.jit
     def multiply(x, scaled):
-        return jax.lax.fori_loop(0, repeats, lambda _, x: x @ scaled, x)
+        return jax.lax.fori_loop(0, 10, lambda _, x: x @ scaled, x)
 
     multiply(x, scaled).block_until_ready()
     best = 0.0
     for _ in range(rounds):
         started = time.perf_counter()
         multiply(x, scaled).block_until_ready()
-        best = max(best, repeats * 2 * size**3 / (time.perf_counter() - started))
+        best = max(best, 10 * 2 * size**3 / (time.perf_counter() - started))
     return best
 
 

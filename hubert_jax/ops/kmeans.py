@@ -32,8 +32,8 @@ from jax.sharding import PartitionSpec as P
 
 from hubert_jax.ops import plus_plus, rows
 
-CHUNK_ROWS = 2048  # rows whose distances exist at one time: 0.8 MB at 100 codes, 4 MB at 500
-PASS_CHUNKS = 8  # chunks a device that a full pass reads at a time
+CHUNK_ROWS = 4096  # rows whose distances exist at one time: 1.6 MB at 100 codes, 8 MB at 500
+PASS_CHUNKS = 4  # chunks a device that a full pass reads at a time
 SEEDING_ROWS = 16_384  # of the sample, or 32 a code if that is more: for restarts and swaps
 FORGETTING = 4  # a pass starts with counts / 4: earlier rows went to centres that have moved since
 INERTIA_LAG = 4  # mini-batches between a step and the look at its inertia: no wait for the device

@@ -4,8 +4,8 @@
     make soak                                 # 60 minutes
     python -m tests.chaos.soak --minutes=3
 
-`hubert pretrain` is watched from outside, through /proc, ended by SIGTERM and judged: ten minutes
-after a quarter of the time, which is the warm-up, against the last ten.
+`launch/local.sh pretrain` is watched from outside, through /proc, ended by SIGTERM and judged: ten
+minutes after a quarter of the time, which is the warm-up, against the last ten.
 """
 
 import argparse
@@ -24,8 +24,9 @@ from typing import NamedTuple
 from hubert_jax import logs
 
 DEMO = pathlib.Path(__file__).parents[2] / "configs" / "demo.py"
-HUBERT = [sys.executable, "-c", "from hubert_jax.cli import main; main()"]
-ENVIRONMENT = {**os.environ, "JAX_PLATFORMS": "cpu"}
+LOCAL = DEMO.parents[1] / "launch" / "local.sh"
+PATH = f"{pathlib.Path(sys.executable).parent}:{os.environ['PATH']}"
+ENVIRONMENT = {**os.environ, "JAX_PLATFORMS": "cpu", "PATH": PATH}
 SIZES = (
     "corpus.synth.train_minutes=3.0", "corpus.synth.validation_minutes=1.0",
     "kmeans.seed_rows=5_000", "kmeans.num_restarts=1",
@@ -86,7 +87,7 @@ def main() -> None:
 
 def command(stage: str, workdir: str | os.PathLike) -> list[str]:
     options = [f"--config={DEMO}:it1", f"--workdir={workdir}"]
-    return [*HUBERT, stage, *options, *(f"--config.{field}" for field in SIZES)]
+    return [str(LOCAL), stage, *options, *(f"--config.{field}" for field in SIZES)]
 
 
 def watch(workdir: pathlib.Path, seconds: float) -> tuple[list[Sample], list[str]]:
