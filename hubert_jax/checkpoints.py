@@ -183,12 +183,14 @@ def _damaged(step: epath.Path, reason: str) -> ValueError:
 def resolve(path) -> epath.Path:
     """The step folder that `path` means: itself, or the newest in a folder of checkpoints.
 
+    A step that a killed run left half written in a bucket has its name already, and does not count.
     Raises FileNotFoundError when there is none.
     """
     path = epath.Path(path)
     if (path / "params").exists():
         return places.absolute(path)
     steps = [p for p in path.iterdir() if p.name.isdigit()] if path.is_dir() else []
+    steps = [step for step in steps if ocp.utils.is_checkpoint_finalized(step)]
     if not steps:
         raise FileNotFoundError(
             f"{path}: no checkpoint here; give a folder such as WORK/it1/checkpoints or one step"

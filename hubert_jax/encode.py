@@ -268,10 +268,11 @@ def read_codebook(path: epath.PathLike, source: extract.Source) -> np.ndarray:
             f"{path}: made from layer {layer}, but layer {source.facts['layer']} was asked for;"
             f" give layer {layer} or another codebook"
         )
-    if facts != cards.normal(source.facts):
+    if difference := cards.first_difference(facts, cards.normal(source.facts)):
+        field, theirs, ours = difference
         raise ValueError(
-            f"{path}: made from {facts['checkpoint']}, but the checkpoint given is"
-            f" {source.facts['checkpoint']}; give the one that the codebook was made from"
+            f"{path}: made with {field} {theirs!r}, but here it is {ours!r}; give what the codebook"
+            " was made from"
         )
     return codebooks.read_centers(path)
 

@@ -110,9 +110,17 @@ def test_a_checkpoint_in_a_bucket_is_not_looked_for_on_the_disk(bucket, monkeypa
     folder = bucket / "work" / "it1" / "checkpoints"
     for step in ("9", "10"):
         cards.write(folder / step / "params" / "card.json", cards.new("params", made_from={}))
+        (folder / step / "commit_success.txt").write_text("")  # Orbax' mark in a bucket
     assert os.fspath(checkpoints.resolve(folder)) == os.fspath(folder / "10")
     assert os.fspath(checkpoints.resolve(folder / "9")) == os.fspath(folder / "9")
     folders = []
     monkeypatch.setattr(ocp, "CheckpointManager", lambda path, **_: folders.append(path))
     checkpoints.Checkpoints(folder, checkpoints.CheckpointConfig(1, 1, 0))
     assert [os.fspath(path) for path in folders] == [os.fspath(folder)]
+
+
+def test_a_checkpoint_half_written_is_not_the_newest(bucket):
+    for step in ("5", "10"):
+        cards.write(bucket / step / "params" / "card.json", cards.new("params", made_from={}))
+    (bucket / "5" / "commit_success.txt").write_text("")
+    assert os.fspath(checkpoints.resolve(bucket)) == os.fspath(bucket / "5")
