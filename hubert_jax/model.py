@@ -241,10 +241,10 @@ class PositionConv(nnx.Module):
     Padded with 64 frames on both sides and the last output dropped, so that a frame sees 64 frames
     before it and 63 after; XLA's SAME would see 63 and 64.
 
-    XLA runs a grouped convolution of this size very slowly, its gradient above all. On CPU each
-    group is a convolution of its own. Elsewhere, each block of BLOCK outputs is one matmul of the
-    BLOCK + 127 inputs it sees with a banded matrix that holds the kernel BLOCK times, each copy one
-    frame later: 5 % more multiplications (docs/LOG.md has the times).
+    XLA runs a grouped convolution of this size very slowly, its gradient above all. Here, each
+    block of BLOCK outputs is one matmul of the BLOCK + 127 inputs it sees with a banded matrix that
+    holds the kernel BLOCK times, each copy one frame later: 5 % more multiplications, 14 times the
+    speed on CPU (docs/PERFORMANCE.md).
     """
 
     BLOCK = 8
@@ -271,23 +271,6 @@ class PositionConv(nnx.Module):
         return gelu(y_BTD + self.bias[...].astype(y_BTD.dtype))
 
     def _convolve(self, x_BTD, kernel):
-        # Not by the default backend: hubert plan compiles for TPUs on a CPU.
-        return jax.lax.platform_dependent(
-            x_BTD, kernel, cpu=self._by_group, default=self._by_blocks
-        )
-
-    def _by_group(self, x_BTD, kernel):
-        around = [(len(kernel) // 2, len(kernel) // 2 - 1)]
-
-        def convolve(x_BTC, kernel):
-            return jax.lax.conv_general_dilated(
-                x_BTC, kernel, (1,), around, dimension_numbers=("NWC", "WIO", "NWC")
-            )
-
-        groups = (jnp.split(x, self.groups, axis=-1) for x in (x_BTD, kernel))
-        return jnp.concatenate([*map(convolve, *groups)], axis=-1)
-
-    def _by_blocks(self, x_BTD, kernel):
         batch, num_frames, width = x_BTD.shape
         taps, group_width, _ = kernel.shape
         groups, block = self.groups, self.BLOCK
