@@ -1,7 +1,7 @@
 # make demo    the whole loop on synthetic speech, some minutes on a laptop
 # make test    the tests
 # make fuzz    100,000 damaged files, shared out among all readers
-# make chaos   kills, full disks and the like, half an hour: the table of docs/RELIABILITY.md
+# make chaos   kills, full disks and the like, 45 minutes: the tables of docs/RELIABILITY.md
 # make soak    an hour of training: memory, files and time as it goes on
 # make lint    format, style and types
 # Each sets up .venv first, from python3 alone, unless that is done.

@@ -189,8 +189,13 @@ def resolve(path) -> epath.Path:
     path = epath.Path(path)
     if (path / "params").exists():
         return places.absolute(path)
-    steps = [p for p in path.iterdir() if p.name.isdigit()] if path.is_dir() else []
-    steps = [step for step in steps if ocp.utils.is_checkpoint_finalized(step)]
+    named = [p for p in path.iterdir() if p.name.isdigit()] if path.is_dir() else []
+    steps = [step for step in named if ocp.utils.is_checkpoint_finalized(step)]
+    if named and not steps:
+        raise FileNotFoundError(
+            f"{path}: no step here has the commit_success.txt with which Orbax ends writing to a"
+            f" bucket; if they were copied here whole, give one of them, such as {named[0]}"
+        )
     if not steps:
         raise FileNotFoundError(
             f"{path}: no checkpoint here; give a folder such as WORK/it1/checkpoints or one step"

@@ -8,7 +8,7 @@ shopt -s nullglob
 # On a CPU, memory that comes fresh from the system costs as much as arithmetic, and more in a
 # virtual machine that hands back what is free: huge pages for malloc, which keeps what it has had.
 # glibc reads this once, before the process starts.
-accelerators=(/dev/nvidia[0-9]* /dev/accel* /dev/vfio/[0-9]* /dev/kfd)
+accelerators=(/dev/nvidia[0-9]* /dev/accel* /dev/vfio/[0-9]* /dev/kfd*)
 tunables=glibc.malloc.hugetlb=1
 if [[ "${JAX_PLATFORMS:-}" == cpu || ${#accelerators[@]} == 0 ]]; then
   tunables+=:glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=1000000000000

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """launch/: the commands that the scripts give, to programs that write them down; the manifests."""
 
+import glob
 import os
 import pathlib
 import re
@@ -215,3 +216,21 @@ def test_the_jobs_of_a_set_keep_to_the_schema_of_kubernetes(path):
     job["spec"]["template"]["spec"]["nodeSelecter"] = {}
     with pytest.raises(kubernetes_validate.ValidationError, match="nodeSelecter"):
         kubernetes_validate.validate(job, version, strict=True)
+
+
+KEEPS = "mmap_max=0:glibc.malloc.trim_threshold="
+
+
+@pytest.mark.parametrize(
+    ("variables", "keeps"),
+    [
+        ({"JAX_PLATFORMS": "cpu", "GLIBC_TUNABLES": ""}, True),
+        ({"JAX_PLATFORMS": "", "GLIBC_TUNABLES": ""}, not glob.glob("/dev/nvidia[0-9]*")),
+        ({"JAX_PLATFORMS": "cpu", "GLIBC_TUNABLES": "glibc.malloc.check=0"}, False),
+    ],
+)
+def test_on_a_cpu_malloc_keeps_its_memory(run, variables, keeps):
+    hubert = 'echo "words: $*"; echo "$GLIBC_TUNABLES"'
+    code, output, _ = run({"hubert": hubert}, "local.sh", "run", "--config=x", **variables)
+    assert code == 0 and "words: run --config=x" in output
+    assert (KEEPS in output) == keeps

@@ -29,6 +29,7 @@ SIZES = (
 )  # fmt: skip
 SHARD_SECONDS = "2.0"  # of features and labels, where a run has ten minutes at least
 SECONDS = 180.0  # any command that is still at work then hangs
+HANGS = 124  # its code, as timeout(1) has it
 WAYS = ("rename", "time", "renamed", "change")  # of drawing the moment of a kill
 XLA_FLAGS = "--xla_force_host_platform_device_count={}"
 
@@ -118,6 +119,7 @@ class Running:
         self.log = project.base / f"log-{number}.txt"
         self._changes = project.base / f"changes-{number}.tsv"
         self._changes.touch()
+        self.ran: Ran | None = None
         env = {**project.environment, "CHAOS_CHANGES": str(self._changes), **environment}
         with self.log.open("w") as file:
             self.process = subprocess.Popen(
@@ -130,13 +132,18 @@ class Running:
         lines = self._changes.read_text().splitlines()
         return [Change(float(t), *rest) for t, *rest in (line.split("\t") for line in lines)]
 
-    def wait(self) -> Ran:
+    def wait(self, seconds: float = SECONDS) -> Ran:
+        """How it ended; it is given so long."""
+        self.ran = self.ran or self._end(seconds)
+        return self.ran
+
+    def _end(self, seconds: float) -> Ran:
         try:
-            code = self.process.wait(timeout=SECONDS)
+            code = self.process.wait(timeout=seconds)
         except subprocess.TimeoutExpired:
             self.kill()
-            code = self.process.wait()
-            return Ran(code, f"hangs, for {SECONDS} s:\n{self.log.read_text()}", self.changes)
+            self.process.wait()
+            return Ran(HANGS, f"hangs, for {seconds} s:\n{self.log.read_text()}", self.changes)
         except BaseException:
             self.kill()
             raise

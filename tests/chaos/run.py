@@ -167,7 +167,7 @@ def main() -> None:
     shutil.rmtree(base)
     print(table(counts))
     print("\n".join(["", *chaos.notes]))
-    if not has_disk:
+    if not has_disk and args.processes == 1:
         print("no full and read-only disks: a tmpfs cannot be mounted here (root can)")
     minutes = (time.monotonic() - started) / 60
     if isinstance(project, SeveralProcesses):

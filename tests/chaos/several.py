@@ -10,7 +10,7 @@ import socket
 import time
 from collections.abc import Sequence
 
-from tests.chaos.project import Change, Project, Ran, draw
+from tests.chaos.project import HANGS, Change, Project, Ran, Running, draw
 
 HEARTBEAT_SECONDS = 10
 ENDS_SECONDS = 6 * HEARTBEAT_SECONDS  # of the others; at most so long after the one
@@ -43,29 +43,30 @@ class SeveralProcesses(Project):
             "JAX_NUM_PROCESSES": str(self.num_processes),
         }
         options = [f"--heartbeat_timeout={HEARTBEAT_SECONDS}", *more]
-        runs = [
-            self.start(
-                stage, *options, **environment, JAX_PROCESS_ID=str(process),
-                CHAOS_KILL=moment if str(process) == which else "",
-            )
-            for process in range(self.num_processes)
-        ]  # fmt: skip
-        if which and runs[int(which)].wait().code == -9:
-            killed = time.monotonic()
-            for run in runs:
-                if run.process.poll() is None and not CHAOS_KILL.endswith("/alone"):
-                    run.kill()
-                ran = run.wait()
-                if time.monotonic() - killed > ENDS_SECONDS:
-                    return Ran(1, f"goes on without process {which}:\n{ran.output}", [])
-            if CHAOS_KILL.endswith("/alone"):
+        runs = []
+        try:
+            for process in range(self.num_processes):
+                kill = moment if str(process) == which else ""
+                more_of_it = {"JAX_PROCESS_ID": str(process), "CHAOS_KILL": kill}
+                runs.append(self.start(stage, *options, **environment, **more_of_it))
+            is_killed = which and runs[int(which)].wait().code == -9
+            if is_killed and CHAOS_KILL.endswith("/alone"):
+                killed = time.monotonic()
+                for run in runs:
+                    run.wait(ENDS_SECONDS)
                 self.longest = max(self.longest, time.monotonic() - killed)
-        ended = [run.wait() for run in runs]
+            elif is_killed:
+                stop(runs)
+            ended = [run.wait() for run in runs]
+        finally:
+            stop(runs)
         if not which:
             self.changes_of.setdefault(stage, [ran.changes for ran in ended])
         codes = [ran.code for ran in ended]
+        if is_killed and HANGS not in codes:
+            codes = [-9]
         return Ran(
-            -9 if -9 in codes else next(filter(None, codes), 0),
+            HANGS if HANGS in codes else next(filter(None, codes), 0),
             "\n".join(f"process {number}:\n{ran.output}" for number, ran in enumerate(ended)),
             [change for ran in ended for change in ran.changes],
         )
@@ -75,6 +76,13 @@ class SeveralProcesses(Project):
         process = rng.choice([number for number, found in enumerate(changes) if found])
         alone = rng.choice(["", "/alone"])
         return f"{process}/{draw(changes[process], way, rng)}{alone}"
+
+
+def stop(runs: Sequence[Running]) -> None:
+    """Those that are still at work."""
+    for run in runs:
+        if run.process.poll() is None:
+            run.kill()
 
 
 def free_port() -> int:

@@ -71,7 +71,7 @@ def main() -> None:
             subprocess.run(command(stage, workdir), check=True, env=ENVIRONMENT)
         samples, faults = watch(pathlib.Path(workdir), 60 * args.minutes)
     stretch = min(600.0, 20 * args.minutes)
-    start = 15 * args.minutes  # the warm-up is a quarter: malloc's arenas, one a thread, fill up
+    start = 15 * args.minutes  # the warm-up is a quarter
     end = samples[-1].seconds
     first = of(within(samples, start, start + stretch))
     last = of(within(samples, end - stretch, end))

@@ -57,7 +57,7 @@ def test_a_full_disk_is_an_error_and_costs_nothing_else(project):
 
 @pytest.mark.several_processes
 def test_one_of_two_processes_killed(tmp_path):
-    """Alone, in the middle of a checkpoint: the other ends by itself, and both start again."""
+    """Alone, in pretrain in the middle of a checkpoint: the other ends by itself; both go on."""
     made = SeveralProcesses(tmp_path, 2, stages=STAGES, xla_flags=XLA_FLAGS)
     made.make_reference()
     names = [change.name for change in made.changes_of["pretrain"][0]]

@@ -17,6 +17,7 @@ CONFIG = kmeans.KMeansConfig(
     patience=20, lloyd_passes=5, lloyd_tolerance=1e-4,
 )  # fmt: skip
 WIDTH = 8
+NUM_ROWS = kmeans.CHUNK_ROWS + 905  # of no whole number of chunks
 
 
 def on_devices(count: int) -> jax.sharding.NamedSharding:
@@ -53,7 +54,7 @@ def test_inertia_is_no_worse_than_scikit_learns(seeding_rows, monkeypatch):
         warnings.simplefilter("ignore")  # scikit-learn's own, about numpy
         import threadpoolctl
         from sklearn.cluster import MiniBatchKMeans
-    features_ND = clusters(3001)
+    features_ND = clusters(NUM_ROWS)
     theirs = []
     for seed in range(2):
         reference = MiniBatchKMeans(
@@ -71,7 +72,7 @@ def test_inertia_is_no_worse_than_scikit_learns(seeding_rows, monkeypatch):
 
 
 def test_what_is_reported_is_what_the_centres_give():
-    features_ND = clusters(3001)
+    features_ND = clusters(NUM_ROWS)
     for dtype, tolerance in ((np.float32, 1e-5), (np.float16, 1e-5)):  # float16 is stored, not used
         stored_ND = features_ND.astype(dtype)
         found = fit(stored_ND)
@@ -79,11 +80,11 @@ def test_what_is_reported_is_what_the_centres_give():
         np.testing.assert_allclose(found.inertia, distances_NC.min(axis=1).mean(), rtol=tolerance)
         counts_C = np.bincount(distances_NC.argmin(axis=1), minlength=CONFIG.num_codes)
         assert np.abs(found.counts_C - counts_C).sum() <= 2  # rows half way between two centres
-        assert found.counts_C.sum() == 3001 and found.centers_CD.dtype == np.float32
+        assert found.counts_C.sum() == NUM_ROWS and found.centers_CD.dtype == np.float32
 
 
 def test_same_on_one_device_and_on_eight_and_from_any_shards():
-    features_ND = clusters(3001)
+    features_ND = clusters(NUM_ROWS)
     one = fit(features_ND, devices=1)
     for other in (fit(features_ND, devices=8), fit(features_ND, num_shards=7)):
         np.testing.assert_allclose(other.centers_CD, one.centers_CD, rtol=1e-4, atol=1e-4)
@@ -95,13 +96,13 @@ def test_same_on_one_device_and_on_eight_and_from_any_shards():
 
 
 def test_lloyd_passes_and_mini_batches_lower_the_inertia():
-    features_ND = clusters(3001)
+    features_ND = clusters(NUM_ROWS)
     seeded = fit(features_ND, seed_passes=0, max_passes=0, lloyd_passes=0)
     batched = fit(features_ND, seed_passes=0, max_passes=3, lloyd_passes=0)
     full = fit(features_ND, seed_passes=0, max_passes=0, lloyd_passes=5)
     assert batched.inertia < 0.95 * seeded.inertia and full.inertia < 0.95 * seeded.inertia
     assert (seeded.num_batches, seeded.num_lloyd_passes) == (0, 0)
-    assert (batched.num_batches, batched.num_lloyd_passes) == (3 * 6, 0)
+    assert (batched.num_batches, batched.num_lloyd_passes) == (3 * -(-NUM_ROWS // CONFIG.batch_rows), 0)
     assert full.num_lloyd_passes == 5
     settled = fit(features_ND, lloyd_passes=50, lloyd_tolerance=0.01)
     assert settled.num_lloyd_passes < 5
@@ -119,7 +120,7 @@ def test_the_best_of_many_restarts_goes_on():
 
 
 def test_mini_batches_end_when_the_smoothed_inertia_stays():
-    features_ND = clusters(3001)
+    features_ND = clusters(NUM_ROWS)
     found = fit(features_ND, max_passes=200, patience=5)
     assert 5 < found.num_batches < 6 * 200
 
@@ -147,7 +148,7 @@ def test_empty_clusters_are_filled_from_the_sample():
 
 
 def test_fit_fills_the_clusters_that_its_seeding_left_empty(monkeypatch):
-    features_ND = clusters(3001)
+    features_ND = clusters(NUM_ROWS)
     centers_CD = np.where(np.arange(20)[:, None] < 12, features_ND[::150][:20], 1e3)
     start = centers_CD.astype(np.float32), np.zeros(20, np.int32)
     monkeypatch.setattr(kmeans, "best_seeding", lambda *args: start)
@@ -173,7 +174,7 @@ def test_swaps_move_a_centre_to_where_one_is_missing():
 
 
 def test_far_from_zero_the_digits_are_kept():
-    features_ND = clusters(3001)
+    features_ND = clusters(NUM_ROWS)
     near, far = fit(features_ND), fit(features_ND + np.float32(1000.0))
     # The frames themselves lose digits there: float32 has steps of 6e-5 at 1000.
     np.testing.assert_allclose(far.inertia, near.inertia, rtol=0.01)
