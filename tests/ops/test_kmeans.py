@@ -102,7 +102,8 @@ def test_lloyd_passes_and_mini_batches_lower_the_inertia():
     full = fit(features_ND, seed_passes=0, max_passes=0, lloyd_passes=5)
     assert batched.inertia < 0.95 * seeded.inertia and full.inertia < 0.95 * seeded.inertia
     assert (seeded.num_batches, seeded.num_lloyd_passes) == (0, 0)
-    assert (batched.num_batches, batched.num_lloyd_passes) == (3 * -(-NUM_ROWS // CONFIG.batch_rows), 0)
+    num_batches = 3 * -(-NUM_ROWS // CONFIG.batch_rows)
+    assert (batched.num_batches, batched.num_lloyd_passes) == (num_batches, 0)
     assert full.num_lloyd_passes == 5
     settled = fit(features_ND, lloyd_passes=50, lloyd_tolerance=0.01)
     assert settled.num_lloyd_passes < 5
