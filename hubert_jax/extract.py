@@ -109,7 +109,7 @@ def layer_source(
     if not 0 <= layer <= config.num_layers:
         raise ValueError(f"layer {layer} was asked for, the model has 0 to {config.num_layers}")
     facts = {"kind": "layer", "checkpoint": checkpoint, "layer": layer}
-    encoder = jax.device_put(encoder, sharding.replicated(mesh))
+    encoder = jax.device_put(encoder.apart(), sharding.replicated(mesh))
     compute = functools.partial(_layer, encoder, layer=layer)
     return Source(facts, frames.HOP, config.width, config.normalize_audio, compute)
 

@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from hubert_jax.sharding import on_own_rows
+
 NORM_EPS = 1e-5  # of every norm in the model
 
 
@@ -154,40 +156,87 @@ def _mean_of_channels(x):
 
 
 class GroupNorm(nnx.Module):
-    """Each channel over time (as many groups as channels), in float32."""
+    """Each channel over time (as many groups as channels), of the convolution of a waveform.
+
+    The convolution sees few samples and has many channels: its output is cheaper computed twice
+    than stored and read again. Once for the variance, then with the norm in the kernel; the mean is
+    taken from the samples before. Sums are float32.
+    """
 
     def __init__(self, width: int, *, axis: str = "width"):
         self.scale = nnx.Param(jnp.ones(width), axes=(axis,))
         self.bias = nnx.Param(jnp.zeros(width), axes=(axis,))
 
-    def __call__(self, x_BTC, lengths_B=None):
-        """With `lengths_B`, only the first `lengths_B` frames of each row count."""
-        x32_BTC = x_BTC.astype(jnp.float32)
+    def __call__(self, conv: Conv, wave_BS, lengths_B=None):
+        """What `conv`, whose bias the norm takes away, makes of (B, S), normalised: (B, T, C).
+
+        With `lengths_B`, only the first `lengths_B` frames of each row count.
+        """
+        kernel_KC = conv.kernel[...][:, 0]
+        windows_BTK = _windows(wave_BS.astype(jnp.float32), len(kernel_KC), conv.stride)
+        batch, num_frames, _ = windows_BTK.shape
         if lengths_B is None:
-            mean_B1C = jnp.mean(x32_BTC, axis=1, keepdims=True)
-            variance_B1C = jnp.mean(jnp.square(x32_BTC - mean_B1C), axis=1, keepdims=True)
-        else:
-            real_BT1 = (jnp.arange(x_BTC.shape[1]) < lengths_B[:, None])[..., None]
-            count_B11 = jnp.maximum(lengths_B, 1).astype(jnp.float32)[:, None, None]
-            mean_B1C = _sum_over_time(x32_BTC * real_BT1) / count_B11
-            squares_BTC = jnp.square(x32_BTC - mean_B1C) * real_BT1
-            variance_B1C = _sum_over_time(squares_BTC) / count_B11
-        normed_BTC = (x32_BTC - mean_B1C) * jax.lax.rsqrt(variance_B1C + NORM_EPS)
-        return (normed_BTC * self.scale[...] + self.bias[...]).astype(x_BTC.dtype)
+            lengths_B = jnp.full(batch, num_frames)
+
+        def statistics(rows, kernel_KC, scale_C):
+            def squares(x_TK):
+                y_TC = _product(x_TK.astype(wave_BS.dtype), kernel_KC)
+                return jnp.square(y_TC.astype(jnp.float32))
+
+            def mean_and_gain(windows_TK, length):
+                weights_T1 = jnp.where(jnp.arange(num_frames) < length, 1 / length, 0)[:, None]
+                mean_K = _sum_over_time(lambda x_TK: x_TK, windows_TK * weights_T1)
+                centred_TK = (windows_TK - mean_K) * jnp.sqrt(weights_T1)
+                variance_C = _sum_over_time(squares, centred_TK)
+                return mean_K, jax.lax.rsqrt(variance_C + NORM_EPS) * scale_C
+
+            return one_by_one(mean_and_gain, *rows)
+
+        rows = windows_BTK, lengths_B
+        mean_BK, gain_BC = on_own_rows(statistics, rows, kernel_KC, self.scale[...])
+        centred_BTK = (windows_BTK - mean_BK[:, None]).astype(wave_BS.dtype)
+        normed_BTC = _product(centred_BTK, kernel_KC * gain_BC[:, None])
+        return normed_BTC + self.bias[...].astype(wave_BS.dtype)
 
 
-def _sum_over_time(x_BTC, block: int = 64):
-    """Sums of `block` frames, then their sum: (B, 1, C).
+def _windows(wave_BS, kernel: int, stride: int):
+    """The samples that a convolution sees, `kernel` a multiple of `stride`: (B, T, K)."""
+    num_blocks = wave_BS.shape[1] // stride
+    num_frames = num_blocks - kernel // stride + 1
+    blocks = wave_BS[:, : num_blocks * stride].reshape(-1, num_blocks, stride)
+    return jnp.concatenate([blocks[:, i : i + num_frames] for i in range(kernel // stride)], -1)
 
-    XLA on CPU would add the frames of a single row one after the other in float32: an utterance
-    alone would be 1e-5 from the same one in a batch, whose sums are blocked in any case.
+
+def _product(x, kernel):
+    return x @ kernel.astype(x.dtype)
+
+
+def _sum_over_time(function, x_TK, stretch: int = 2048):
+    """Of `function(x_TK)`, which makes zeros of zeros and treats frames alike: (C,).
+
+    `stretch` frames at a time: what function returns is not kept, not for the gradient either.
     """
-    missing = -x_BTC.shape[1] % block
-    window = (1, block, 1)
-    sums_BTC = jax.lax.reduce_window(
-        x_BTC, 0.0, jax.lax.add, window, window, ((0, 0), (0, missing), (0, 0))
+
+    @jax.checkpoint
+    def sum_of(x_TK):
+        return jnp.sum(function(x_TK), axis=0)
+
+    x_TK = jnp.pad(x_TK, ((0, -len(x_TK) % stretch), (0, 0))).reshape(-1, stretch, x_TK.shape[1])
+    first_C = sum_of(x_TK[0])
+    return jax.lax.scan(lambda sum_C, x_TK: (sum_C + sum_of(x_TK), None), first_C, x_TK[1:])[0]
+
+
+def one_by_one(function, *args):
+    """`function` of each slice of args along their first axis, as jax.vmap has it.
+
+    On a CPU they are done in turn: what one needs stays in the cache, and its bits do not depend on
+    how many there are.
+    """
+    return jax.lax.platform_dependent(
+        *args,
+        cpu=lambda *args: jax.lax.map(lambda slices: function(*slices), args),
+        default=jax.vmap(function),
     )
-    return jnp.sum(sums_BTC, axis=1, keepdims=True)
 
 
 def dropout(x, rate: float, key):

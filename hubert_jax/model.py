@@ -11,6 +11,7 @@ L layers, G groups, P taps of the position convolution
 """
 
 import dataclasses
+import functools
 import math
 from typing import Any
 
@@ -26,6 +27,7 @@ from hubert_jax.layers import (
     bert_normal,
     dropout,
     gelu,
+    one_by_one,
     scale_gradient,
     torch_uniform,
 )
@@ -182,10 +184,29 @@ class Encoder(nnx.Module):
             dots = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
             run = jax.checkpoint(run, policy=dots if config.remat == "dots" else None)
         if not config.loops:
+            layers = jax.tree.map(lambda param_L: param_L[:num_layers], self.layers)
             return jax.lax.scan(run, x_BTD, (layers, keys_L))[0]
-        for layer_and_key in _unstack((layers, keys_L), num_layers):
+        keys = [None] * num_layers if keys_L is None else list(keys_L)
+        for layer_and_key in zip(self._blocks()[:num_layers], keys, strict=True):
             x_BTD, _ = run(x_BTD, layer_and_key)
         return x_BTD
+
+    def apart(self) -> "Encoder":
+        """The same for inference, where layers run in a loop: each has arrays of its own.
+
+        Out of stacked ones XLA copies them at every call (docs/LOG.md). Weights are named, sharded
+        and saved as stacked ones.
+        """
+        if not self.config.loops:
+            return self
+        encoder = jax.tree.map(lambda param: param, self)
+        encoder.layers = nnx.List(self._blocks())
+        return encoder
+
+    def _blocks(self) -> list["Block"]:
+        if isinstance(self.layers, nnx.List):
+            return list(self.layers)
+        return _unstack(self.layers, self.config.num_layers)
 
 
 def valid_frames(num_padded_samples: int, num_samples_B, *, padding: str):
@@ -223,13 +244,14 @@ class Extractor(nnx.Module):
     def __call__(self, wave_BS, *, num_samples_B, padding):
         x_BTC = wave_BS[..., None]
         for i, conv in enumerate(self.convs):
-            x_BTC = conv(x_BTC)
             if self.config.conv_norm == "layer":
-                x_BTC = self.norms[i](x_BTC)
+                x_BTC = self.norms[i](conv(x_BTC))
             elif i == 0:
                 exact = padding == "exact" and num_samples_B is not None
                 lengths_B = frames.conv_lengths(num_samples_B)[0] if exact else None
-                x_BTC = self.norms[0](x_BTC, lengths_B)
+                x_BTC = self.norms[0](conv, wave_BS, lengths_B)
+            else:
+                x_BTC = conv(x_BTC)
             x_BTC = gelu(x_BTC)
         x_BTC = scale_gradient(x_BTC, self.config.gradient_scale)
         return constrain(x_BTC, "batch", "frames", "residual")
@@ -241,18 +263,19 @@ class PositionConv(nnx.Module):
     Padded with 64 frames on both sides and the last output dropped, so that a frame sees 64 frames
     before it and 63 after; XLA's SAME would see 63 and 64.
 
-    XLA runs a grouped convolution of this size very slowly, its gradient above all. Here, each
-    block of BLOCK outputs is one matmul of the BLOCK + 127 inputs it sees with a banded matrix that
-    holds the kernel BLOCK times, each copy one frame later: 5 % more multiplications, 14 times the
-    speed on CPU (docs/PERFORMANCE.md).
+    XLA runs a grouped convolution of this size very slowly, its gradient above all. Here the taps
+    are cut into runs of RUN. One matmul gives what every run makes of the RUN frames from any frame
+    on, and an output is the sum over the runs, each taken RUN frames after the one before: P - RUN
+    frames more than there are outputs, and twice the speed of the band of the kernel's copies that
+    was used before (docs/LOG.md).
     """
 
-    BLOCK = 8
+    RUN = 8
 
     def __init__(self, config: HubertConfig, *, key):
         taps, width = config.position_kernel, config.width
-        if taps % self.BLOCK:
-            raise ValueError(f"model.position_kernel {taps} must be a multiple of {self.BLOCK}")
+        if taps % self.RUN:
+            raise ValueError(f"model.position_kernel {taps} must be a multiple of {self.RUN}")
         std = math.sqrt(4 / (taps * width))
         kernel = std * jax.random.normal(key, (taps, width // config.position_groups, width))
         self.groups = config.position_groups
@@ -266,38 +289,33 @@ class PositionConv(nnx.Module):
         return kernel * (self.gain_P[...] / _norm_per_tap(kernel))[:, None, None]
 
     def __call__(self, x_BTD):
-        # Between devices goes the kernel and its gradient, not the band: it is 8 times as large.
+        # Each device does its own rows: what goes between devices is the kernel and its gradient.
         y_BTD = on_own_rows(self._convolve, x_BTD, self.weight().astype(x_BTD.dtype))
         return gelu(y_BTD + self.bias[...].astype(y_BTD.dtype))
 
     def _convolve(self, x_BTD, kernel):
         batch, num_frames, width = x_BTD.shape
         taps, group_width, _ = kernel.shape
-        groups, block = self.groups, self.BLOCK
+        groups, run = self.groups, self.RUN
 
-        # blocks of frames, with taps // 2 frames of zeros before and enough after
-        num_blocks = -(-num_frames // block)
-        num_windows = taps // block + 1  # blocks that one block of outputs sees
-        after = (num_blocks + num_windows - 1) * block - taps // 2 - num_frames
-        x = jnp.pad(x_BTD, ((0, 0), (taps // 2, after), (0, 0)))
-        x = x.reshape(batch, -1, block, groups, group_width)
-        x = x.transpose(3, 0, 1, 2, 4).reshape(groups, batch, -1, block * group_width)
-        windows = jnp.concatenate(
-            [x[:, :, i : i + num_blocks] for i in range(num_windows)], axis=-1
-        )
-        windows = windows.reshape(groups, batch * num_blocks, -1)
+        x = jnp.pad(x_BTD, ((0, 0), (taps // 2, taps // 2 - 1), (0, 0)))
+        x = x.reshape(batch, -1, groups, group_width).transpose(2, 0, 1, 3)
+        # [group, tap of its run, channel in, run, channel out]
+        kernel = kernel.reshape(-1, run, group_width, groups, group_width).transpose(3, 1, 2, 0, 4)
+        kernel = kernel.reshape(groups, run * group_width, -1)
 
-        # band[g, seen frame, channel in, frame out, channel out]
-        kernel = kernel.reshape(taps, group_width, groups, group_width).transpose(2, 0, 1, 3)
-        band = jnp.stack(
-            [jnp.pad(kernel, ((0, 0), (i, block - i), (0, 0), (0, 0))) for i in range(block)],
-            axis=3,
-        )
-        band = band.reshape(groups, (taps + block) * group_width, block * group_width)
+        def convolve_group(x, kernel):
+            num_starts = num_frames + taps - run
+            seen = jnp.concatenate([x[:, i : i + num_starts] for i in range(run)], axis=-1)
+            by_run = jnp.split(seen @ kernel, taps // run, axis=-1)
+            first, *others = (
+                part[:, run * j : run * j + num_frames].astype(jnp.float32)
+                for j, part in enumerate(by_run)
+            )
+            return sum(others, first).astype(x.dtype)
 
-        y = jnp.einsum("gnw,gwo->gno", windows, band)
-        y = y.reshape(groups, batch, num_blocks, block, group_width)
-        return y.transpose(1, 2, 3, 0, 4).reshape(batch, -1, width)[:, :num_frames]
+        y = one_by_one(convolve_group, x, kernel)
+        return y.transpose(1, 2, 0, 3).reshape(batch, num_frames, width)
 
 
 def _norm_per_tap(kernel):
@@ -389,6 +407,7 @@ def _whole_blocks(key_BHTK, value_BHTK, valid_BT, block: int = 64):
     return jnp.pad(key_BHTK, around), jnp.pad(value_BHTK, around), valid_BT
 
 
+@functools.partial(jax.jit, static_argnums=1, inline=True)
 def _unstack(tree, num: int) -> list:
     """The slices of a stacked tree along its first axis; their gradients are concatenated."""
     leaves, treedef = jax.tree.flatten(tree)

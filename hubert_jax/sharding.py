@@ -107,23 +107,24 @@ def constrain(x: jax.Array, *axes: str) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, _spec(x.shape, axes, dict(mesh.shape)))
 
 
-def on_own_rows(function: Callable[..., jax.Array], x: jax.Array, *whole: jax.Array) -> jax.Array:
-    """`function(x, *whole)`, computed by every device for its own rows of x and all of the others.
+def on_own_rows(function: Callable[..., Any], rows: Any, *whole: jax.Array) -> Any:
+    """`function(rows, *whole)`: every device has its own rows (of a tree) and all of the others.
 
     The gradient of the others is summed over the devices where it leaves function. Left to itself,
     XLA sums right after the product over rows, whatever that product is expanded from.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.size == 1 or x.shape[0] % batch_ways(mesh):
-        return function(x, *whole)
+    num_rows = len(jax.tree.leaves(rows)[0])
+    if mesh.empty or mesh.size == 1 or num_rows % batch_ways(mesh):
+        return function(rows, *whole)
     axes = ("data", "fsdp")
 
-    def own(x, *whole):
+    def own(rows, *whole):
         # What is cast here is summed here on the way back, not where it meets the rows.
-        return function(x, *(jax.lax.pcast(each, axes, to="varying") for each in whole))
+        return function(rows, *(jax.lax.pcast(each, axes, to="varying") for each in whole))
 
     specs = (P(axes), *(P() for _ in whole))
-    return jax.shard_map(own, in_specs=specs, out_specs=P(axes))(x, *whole)
+    return jax.shard_map(own, in_specs=specs, out_specs=P(axes))(rows, *whole)
 
 
 def param_shardings(mesh: Mesh | AbstractMesh, model):

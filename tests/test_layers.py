@@ -37,6 +37,48 @@ def test_gradients_of_a_strided_convolution_are_those_that_jax_derives(
         np.testing.assert_allclose(got, want, rtol=0, atol=1e-5)
 
 
+# --- group norm: its mean from the samples, its variance in stretches, then in the kernel
+
+
+@pytest.mark.parametrize("lengths", (None, (5000, 77)))
+def test_group_norm_normalises_what_a_convolution_makes_of_a_waveform(lengths):
+    """Also where the samples have a mean of their own, and the channels very different sizes."""
+    conv = layers.Conv(1, 8, 10, 5, bias=False, key=jax.random.key(0))
+    norm = layers.GroupNorm(8)
+    sizes_C = jnp.geomspace(1e-2, 1e2, 8)
+    kernel = conv.kernel[...] * sizes_C
+    wave_BS = 0.5 + 0.1 * jax.random.normal(jax.random.key(1), (2, 33_003))
+    lengths_B = None if lengths is None else jnp.array(lengths)
+
+    def of_kernel(normalised):
+        def sines(kernel):
+            y_BTC = normalised(with_kernel(conv, kernel))
+            return jnp.mean(jnp.sin(y_BTC + jnp.arange(8)), axis=(0, 1)).sum()
+
+        return normalised(with_kernel(conv, kernel)), sizes_C * jax.grad(sines)(kernel)
+
+    def plain(conv):
+        y_BTC = conv(wave_BS[..., None])
+        num_frames = y_BTC.shape[1]
+        counts_B = jnp.full(2, num_frames) if lengths is None else lengths_B
+        real_BT1 = (jnp.arange(num_frames) < counts_B[:, None])[..., None]
+        mean_B1C = jnp.mean(y_BTC, axis=1, keepdims=True, where=real_BT1)
+        variance_B1C = jnp.var(y_BTC, axis=1, keepdims=True, where=real_BT1)
+        return (y_BTC - mean_B1C) * jax.lax.rsqrt(variance_B1C + layers.NORM_EPS)
+
+    of_ours = jax.jit(lambda: of_kernel(lambda conv: norm(conv, wave_BS, lengths_B)))()
+    of_plain = jax.jit(lambda: of_kernel(plain))()
+    assert wave_BS.shape[1] // 5 > 3 * 2048  # several stretches
+    for got, want in zip(of_ours, of_plain, strict=True):
+        np.testing.assert_allclose(got, want, rtol=0, atol=2e-5)
+
+
+def with_kernel(conv, kernel):
+    leaves, treedef = jax.tree.flatten(conv)
+    assert len(leaves) == 1
+    return jax.tree.unflatten(treedef, [kernel])
+
+
 # --- forms for CPUs
 
 

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from hubert_jax import heads
 from hubert_jax.layers import gelu, scale_gradient
@@ -123,6 +124,17 @@ def test_layer_l_needs_only_the_first_l_layers(encoder):
         encoder.layers = spoiled_after(layer)
         np.testing.assert_array_equal(tiny.features(encoder, WAVE_BS, layer=layer), want)
         encoder.layers = kept
+
+
+@pytest.mark.parametrize("loops", ("yes", "no"))
+def test_layers_apart_are_the_same(loops):
+    encoder = tiny.model(dataclasses.replace(tiny.BASE, unroll=loops)).encoder
+    apart = encoder.apart()
+    for layer in range(tiny.BASE.num_layers + 1):
+        want = tiny.features(encoder, WAVE_BS, layer=layer)
+        np.testing.assert_array_equal(tiny.features(apart, WAVE_BS, layer=layer), want)
+    assert isinstance(apart.layers, nnx.List) == (loops == "yes")
+    assert not isinstance(encoder.layers, nnx.List)
 
 
 def test_last_norm_belongs_to_the_output_and_not_to_the_features():

@@ -82,7 +82,7 @@ def extraction(config: HubertConfig, wave_BS, *, layer: int) -> Contender:
     """Features of a layer, from samples on the host to numpy."""
 
     def prepare() -> Work:
-        encoder = jax.jit(lambda key: Encoder(config, key=key))(jax.random.key(0))
+        encoder = jax.jit(lambda key: Encoder(config, key=key))(jax.random.key(0)).apart()
         compute = jax.jit(lambda encoder, wave_BS: encoder.features(wave_BS, layer=layer))
         return lambda: np.asarray(compute(encoder, wave_BS))
 

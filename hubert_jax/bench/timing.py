@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Contenders for one piece of work, timed in turn, so that a noisy machine hits all alike."""
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -9,6 +10,8 @@ from typing import NamedTuple
 from hubert_jax import logs
 
 Work = Callable[[], object]  # done once, and over when it returns
+
+SHORTEST_TURN = 0.2  # seconds; a work that takes less is repeated
 
 
 class Contender(NamedTuple):
@@ -31,23 +34,35 @@ class Timing(NamedTuple):
 
 
 def alternate(title: str, contenders: Sequence[Contender], *, rounds: int) -> list[Timing]:
-    """Everybody once to warm up, and once more, then `rounds` rounds of everybody in turn."""
-    works, firsts = [], []
+    """Everybody once to warm up, and once more, then `rounds` rounds of everybody in turn.
+
+    Works shorter than a turn are repeated in it, and the first is not counted: it would pay for
+    the contender before, whose threads go on spinning for some milliseconds (OpenMP's do).
+    """
+    works, firsts, repeats = [], [], []
     for contender in contenders:
         logs.info(f"{title}: {contender.name} warms up")
         started = time.perf_counter()
         work = contender.prepare()
         work()
         firsts.append(time.perf_counter() - started)
-        work()
+        repeats.append(max(1, math.ceil(SHORTEST_TURN / _seconds(work))))
         works.append(work)
     seconds: list[list[float]] = [[] for _ in works]
     for _ in range(rounds):
-        for work, spent in zip(works, seconds, strict=True):
-            started = time.perf_counter()
-            work()
-            spent.append(time.perf_counter() - started)
+        for work, times, spent in zip(works, repeats, seconds, strict=True):
+            if times > 1:
+                work()
+            spent.append(_seconds(work, times))
     return [
         Timing(contender.name, spent, first, contender.note)
         for contender, spent, first in zip(contenders, seconds, firsts, strict=True)
     ]
+
+
+def _seconds(work: Work, times: int = 1) -> float:
+    """Of one work, where it is done so many times on end."""
+    started = time.perf_counter()
+    for _ in range(times):
+        work()
+    return (time.perf_counter() - started) / times
