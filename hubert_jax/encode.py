@@ -50,7 +50,7 @@ class Model:
         self.config = encoder.config
         self.card = card
         self._mesh = sharding.make_mesh(data=1, fsdp=1, tensor=1, devices=jax.local_devices()[:1])
-        self._encoder = encoder.apart()
+        self._encoder = jax.device_put(encoder.apart(), sharding.replicated(self._mesh))
         self._checkpoint = extract.checkpoint_facts(encoder, card)
 
     def features(

@@ -3,7 +3,7 @@
 
 Flax's own differ: its gelu is the tanh form, its norms have eps 1e-6, its kernels start as LeCun's.
 
-B batch, T frames, C channels, D channels of an output, K taps
+B batch, S samples, T frames, C channels, D channels of an output, K taps
 """
 
 import functools
@@ -16,6 +16,7 @@ from flax import nnx
 from hubert_jax.sharding import on_own_rows
 
 NORM_EPS = 1e-5  # of every norm in the model
+STRETCH = 2048  # frames whose group norm is summed at a time: 4 MB of 512 channels
 
 
 class Linear(nnx.Module):
@@ -159,8 +160,8 @@ class GroupNorm(nnx.Module):
     """Each channel over time (as many groups as channels), of the convolution of a waveform.
 
     The convolution sees few samples and has many channels: its output is cheaper computed twice
-    than stored and read again. Once for the variance, then with the norm in the kernel; the mean is
-    taken from the samples before. Sums are float32.
+    than stored and read again. Once for the variance, then with the norm in the kernel; its mean is
+    taken off the samples, before the product. Sums are float32.
     """
 
     def __init__(self, width: int, *, axis: str = "width"):
@@ -211,17 +212,19 @@ def _product(x, kernel):
     return x @ kernel.astype(x.dtype)
 
 
-def _sum_over_time(function, x_TK, stretch: int = 2048):
+def _sum_over_time(function, x_TK):
     """Of `function(x_TK)`, which makes zeros of zeros and treats frames alike: (C,).
 
-    `stretch` frames at a time: what function returns is not kept, not for the gradient either.
+    STRETCH frames at a time, in the same order whatever T is; what function returns is not kept,
+    not for the gradient either.
     """
 
     @jax.checkpoint
     def sum_of(x_TK):
         return jnp.sum(function(x_TK), axis=0)
 
-    x_TK = jnp.pad(x_TK, ((0, -len(x_TK) % stretch), (0, 0))).reshape(-1, stretch, x_TK.shape[1])
+    x_TK = jnp.pad(x_TK, ((0, -len(x_TK) % STRETCH), (0, 0))).reshape(-1, STRETCH, x_TK.shape[1])
+    # From the first stretch and not from zeros, which a shard_map takes for equal on all devices.
     first_C = sum_of(x_TK[0])
     return jax.lax.scan(lambda sum_C, x_TK: (sum_C + sum_of(x_TK), None), first_C, x_TK[1:])[0]
 

@@ -11,7 +11,6 @@ L layers, G groups, P taps of the position convolution
 """
 
 import dataclasses
-import functools
 import math
 from typing import Any
 
@@ -167,7 +166,6 @@ class Encoder(nnx.Module):
         num_layers = config.num_layers if num_layers is None else num_layers
         if num_layers == 0:
             return x_BTD
-        layers = jax.tree.map(lambda param_L: param_L[:num_layers], self.layers)
         keys_L = None if key is None else jax.random.split(key, num_layers)
 
         def run(x_BTD, layer_and_key):
@@ -197,10 +195,13 @@ class Encoder(nnx.Module):
         Out of stacked ones XLA copies them at every call (docs/LOG.md). Weights are named, sharded
         and saved as stacked ones.
         """
-        if not self.config.loops:
+        if not self.config.loops or isinstance(self.layers, nnx.List):
             return self
-        encoder = jax.tree.map(lambda param: param, self)
-        encoder.layers = nnx.List(self._blocks())
+        encoder = jax.tree.map(lambda array: array, self)  # a shallow copy
+        # one program, not one for each slice
+        encoder.layers = nnx.List(
+            jax.jit(_unstack, static_argnums=1)(self.layers, self.config.num_layers)
+        )
         return encoder
 
     def _blocks(self) -> list["Block"]:
@@ -264,10 +265,9 @@ class PositionConv(nnx.Module):
     before it and 63 after; XLA's SAME would see 63 and 64.
 
     XLA runs a grouped convolution of this size very slowly, its gradient above all. Here the taps
-    are cut into runs of RUN. One matmul gives what every run makes of the RUN frames from any frame
-    on, and an output is the sum over the runs, each taken RUN frames after the one before: P - RUN
-    frames more than there are outputs, and twice the speed of the band of the kernel's copies that
-    was used before (docs/LOG.md).
+    are cut into runs of RUN. One matmul gives what every run makes of RUN frames, wherever they
+    begin: T + P - RUN rows. An output is the sum over the runs, each taken RUN frames later than
+    the one before. docs/LOG.md has the times, and those of other forms.
     """
 
     RUN = 8
@@ -307,6 +307,7 @@ class PositionConv(nnx.Module):
         def convolve_group(x, kernel):
             num_starts = num_frames + taps - run
             seen = jnp.concatenate([x[:, i : i + num_starts] for i in range(run)], axis=-1)
+            # Parts are rounded to x's type, and added up in float32.
             by_run = jnp.split(seen @ kernel, taps // run, axis=-1)
             first, *others = (
                 part[:, run * j : run * j + num_frames].astype(jnp.float32)
@@ -407,7 +408,6 @@ def _whole_blocks(key_BHTK, value_BHTK, valid_BT, block: int = 64):
     return jnp.pad(key_BHTK, around), jnp.pad(value_BHTK, around), valid_BT
 
 
-@functools.partial(jax.jit, static_argnums=1, inline=True)
 def _unstack(tree, num: int) -> list:
     """The slices of a stacked tree along its first axis; their gradients are concatenated."""
     leaves, treedef = jax.tree.flatten(tree)
