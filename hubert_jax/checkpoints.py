@@ -25,6 +25,7 @@ from hubert_jax.train import State
 COMPUTES = ("conv_norm", "pre_norm", "num_heads", "position_groups", "normalize_audio")
 
 UNFINISHED = ".orbax-checkpoint-tmp"  # in the name of what Orbax has not finished
+FULL = ("No space left on device", "Disk quota exceeded")  # in the words of whoever writes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,8 +103,9 @@ class Checkpoints:
             self._manager.wait_until_finished()
 
     def close(self) -> None:
-        self.wait()
-        self._manager.close()
+        with enough_space(self.folder):
+            self._manager.wait_until_finished()
+            self._manager.close()
 
 
 def _remove_unfinished(folder: epath.Path) -> None:
@@ -117,11 +119,13 @@ def _remove_unfinished(folder: epath.Path) -> None:
 
 @contextlib.contextmanager
 def enough_space(folder: epath.Path) -> Iterator[None]:
-    """Says in words what tensorstore says in ten lines: that the disk is full."""
+    """Says in words that the disk is full: tensorstore says it in ten lines, and where Orbax writes
+    a file of its own the system's error names none.
+    """
     try:
         yield
-    except ValueError as error:
-        if "No space left on device" not in str(error):
+    except (ValueError, OSError) as error:
+        if not any(reason in str(error) for reason in FULL):
             raise
         raise OSError(
             errno.ENOSPC,
@@ -293,7 +297,7 @@ def write_weights(folder: epath.Path, model: Weights, card: dict) -> None:
     """
     folder = epath.Path(folder)
     _remove_unfinished(folder)
-    with ocp.CheckpointManager(places.absolute(folder)) as manager, enough_space(folder):
+    with enough_space(folder), ocp.CheckpointManager(places.absolute(folder)) as manager:
         if manager.latest_step() is not None:
             cards.require(folder / "card.json", read_card(folder), made_from=card["made_from"])
             return

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The loop: accumulation, exact resume, signals, metrics a step late."""
 
+import errno
 import functools
 import os
 import signal
@@ -89,14 +90,24 @@ def test_a_checkpoint_of_another_shape_is_refused(trained, tmp_path):
     saved.close()
 
 
-def test_a_full_disk_is_said_in_words(tmp_path):
-    with (
-        pytest.raises(OSError, match=r"no space left writing a checkpoint .* run the same command"),
-        checkpoints.enough_space(tmp_path),
-    ):
-        raise ValueError("RESOURCE_EXHAUSTED: Error writing ... No space left on device [28]")
-    with pytest.raises(ValueError, match="another"), checkpoints.enough_space(tmp_path):
-        raise ValueError("another")
+@pytest.mark.parametrize(
+    "error",
+    (
+        ValueError("RESOURCE_EXHAUSTED: Error writing ... No space left on device [28]"),
+        OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)),  # of a file that Orbax writes itself
+        OSError(errno.EDQUOT, os.strerror(errno.EDQUOT)),
+    ),
+)
+def test_a_full_disk_is_said_in_words(tmp_path, error):
+    words = rf"no space left writing a checkpoint to {tmp_path}; .* run the same command"
+    with pytest.raises(OSError, match=words), checkpoints.enough_space(tmp_path):
+        raise error
+
+
+@pytest.mark.parametrize("error", (ValueError("another"), PermissionError("another")))
+def test_what_is_not_a_full_disk_stays_what_it_is(tmp_path, error):
+    with pytest.raises(type(error), match="another"), checkpoints.enough_space(tmp_path):
+        raise error
 
 
 def test_old_checkpoints_go_and_milestones_stay(trained, tmp_path):
