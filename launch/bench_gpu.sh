@@ -68,7 +68,7 @@ torch="${COMPILE:+, torch.compile}"
 part devices 60 devices
 training hubert_jax bench 150
 training "transformers$torch" peer 120
-bench kmeans 90 kmeans --config=configs/base.py --frames="$FRAMES" --codebooks="$CODEBOOK" \
+bench kmeans 120 kmeans --config=configs/base.py --frames="$FRAMES" --codebooks="$CODEBOOK" \
     --rounds=1 --only=hubert_jax
 part loop 120 loop
 training "torchaudio$torch" peer 120

@@ -2,14 +2,30 @@
 """The bench: who is timed when, how many operations there are, what the table says."""
 
 import dataclasses
+import importlib.metadata
 import json
+import platform
+import re
+import sys
+import time
 
 import jax
+import numpy as np
 import pytest
 from etils import epath
 
 from hubert_jax import config_files
-from hubert_jax.bench import counts, memory, minimal, ours, peers, pipeline, timing
+from hubert_jax.bench import (
+    counts,
+    machine,
+    memory,
+    minimal,
+    ours,
+    peers,
+    pipeline,
+    table,
+    timing,
+)
 from hubert_jax.data import batches
 from hubert_jax.data.corpus import Corpus
 from hubert_jax.model import HubertConfig
@@ -146,3 +162,147 @@ def test_a_made_work_folder_is_one_that_training_takes(tmp_path):
 def test_minimal_hubert_has_the_published_sizes_alone(name, size):
     config = HubertConfig(**config_files.load(f"configs/{name}.py").model)
     assert minimal.size_of(config) == size
+
+
+def test_minimal_hubert_is_timed_with_a_word_on_what_it_is_not(monkeypatch):
+    """And the others are not accused."""
+    monkeypatch.setattr(peers, "installed", lambda *packages: True)
+    config = HubertConfig(**config_files.load("configs/base.py").model)
+    wave_BS, labels_BT = ours.audio(1, 0.5, 10)
+    found = [
+        *peers.training(config, 256, wave_BS, labels_BT, dtype="float32", compiled=True),
+        *peers.extraction(config, wave_BS, layer=6, dtype="float32", compiled=True),
+    ]
+    accused = [contender.name for contender in found if "not faithful" in contender.note]
+    assert accused == ["minimal_hubert", "minimal_hubert, torch.compile", "minimal_hubert"]
+
+
+def test_compiled_peers_are_named_after_those_they_compile(monkeypatch):
+    monkeypatch.setattr(peers, "installed", lambda *packages: "minimal_hubert" not in packages)
+    names = {}
+    for compiled in (False, True):
+        contenders = peers.extraction(
+            tiny.BASE, np.zeros((1, 8000), np.float32), layer=1, dtype="float32", compiled=compiled
+        )
+        names[compiled] = [contender.name for contender in contenders]
+    assert names[False] == ["transformers, whole", "transformers, cut to 1 layers", "torchaudio"]
+    both = [(name, f"{name}, torch.compile") for name in names[False]]
+    assert names[True] == [name for pair in both for name in pair]
+
+
+def test_everybody_makes_the_same_full_pass():
+    """Means of the rows nearest to each centre; two shards are as good as one."""
+    rng = np.random.default_rng(0)
+    rows_ND = 3 + rng.standard_normal((4000, 5), np.float32)
+    centers_CD = rows_ND[:7].copy()
+    means: dict[str, list[np.ndarray]] = {}
+    shards = [rows_ND[:1500], rows_ND[1500:]]
+    contenders = [
+        ours.full_pass(shards, centers_CD, means),
+        *peers.full_pass(shards, centers_CD, means),
+    ]
+    for contender in contenders:
+        contender.prepare()()
+    codes_N = np.argmin(np.square(rows_ND[:, None] - centers_CD).sum(axis=2), axis=1)
+    want_CD = np.stack([rows_ND[codes_N == code].mean(axis=0) for code in range(7)])
+    assert set(means) == {contender.name for contender in contenders}
+    for (got_CD,) in means.values():
+        np.testing.assert_allclose(got_CD, want_CD, atol=1e-5)
+    assert ours.inertia(rows_ND, want_CD) < ours.inertia(rows_ND, centers_CD)
+
+
+def test_seedings_are_rows_drawn_anew_far_from_each_other():
+    """One of each of six heaps, which as many rows drawn evenly hit once in 60 times."""
+    rng = np.random.default_rng(0)
+    heaps_CD = 100 * rng.standard_normal((6, 4), np.float32)
+    rows_ND = np.repeat(heaps_CD, 50, axis=0) + rng.standard_normal((300, 4), np.float32)
+    found: dict[str, list[np.ndarray]] = {}
+    contenders = [ours.seeding(rows_ND, 6, found), *peers.seeding(rows_ND, 6, found)]
+    for contender in contenders:
+        work = contender.prepare()
+        work(), work()
+    assert set(found) == {contender.name for contender in contenders}
+    for first_CD, second_CD in found.values():
+        assert not np.array_equal(first_CD, second_CD)
+        for centers_CD in (first_CD, second_CD):
+            assert {tuple(row) for row in centers_CD} <= {tuple(row) for row in rows_ND}
+            assert ours.inertia(rows_ND, centers_CD) < 50
+
+
+def test_kmeans_is_timed_whole_and_in_parts(monkeypatch, tmp_path):
+    monkeypatch.setattr(peers, "installed", lambda *packages: False)
+    command = ["kmeans", "--config=configs/demo.py", "--rounds=1", "--frames=600"]
+    bench.main([*command, "--codebooks=3x5", f"--out={tmp_path / 'all.json'}"])
+    rows = table.read(epath.Path(tmp_path / "all.json"))
+    assert [row.work for row in rows] == [
+        "k-means, 600 x 3, K 5", "seeding, 600 x 3, K 5", "full pass, 600 x 3, K 5",
+        "assignment, 600 x 3, K 5",
+    ]  # fmt: skip
+    fitted, seeded, passed = (float(re.findall(r"inertia (\S+\d)", x.note)[0]) for x in rows[:3])
+    assert fitted <= passed < seeded
+    assert rows[1].note.endswith(", mean of 3; 4 candidates a centre")
+
+
+def test_only_picks_the_parts_of_kmeans_that_its_contender_has(monkeypatch, tmp_path):
+    def seeding(rows_ND, num_codes, found):
+        return [timing.Contender("peer", lambda: lambda: found.update(peer=[rows_ND[:5]]))]
+
+    monkeypatch.setattr(peers, "installed", lambda *packages: False)
+    monkeypatch.setattr(peers, "seeding", seeding)
+    command = ["kmeans", "--config=configs/demo.py", "--rounds=1", "--frames=600"]
+    command += ["--codebooks=3x5", f"--out={tmp_path / 'one.json'}"]
+    with pytest.raises(ValueError, match="--only=nobody: nobody is called that in kmeans"):
+        bench.main([*command, "--only=nobody"])
+    bench.main([*command, "--only=peer"])
+    rows = table.read(epath.Path(tmp_path / "one.json"))
+    assert [row.who for row in rows] == ["peer"] and rows[0].work.startswith("seeding")
+
+
+def test_the_json_says_what_machine_and_which_versions(monkeypatch, tmp_path):
+    versions = {"torch": "1.2+cpu", "minimal-hubert": "0.0.8", "jax": "0.9"}
+
+    def version(package):
+        if package in versions:
+            return versions[package]
+        raise importlib.metadata.PackageNotFoundError(package)
+
+    cpuinfo = tmp_path / "cpuinfo"
+    cpuinfo.write_text("processor\t: 0\nmodel name\t: Some CPU: 2 GHz\nmodel name\t: another\n")
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    monkeypatch.setattr(machine, "CPUINFO", cpuinfo)
+    monkeypatch.setattr(memory, "machine_bytes", lambda: 3 * 2**29)
+    monkeypatch.setenv("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1")
+    monkeypatch.delenv("JAX_PLATFORMS", raising=False)
+    for name in ("minimal_hubert", "sklearn", "faiss"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    path = epath.Path(tmp_path / "bench.json")
+    table.write(path, [], {"rows": 2}, matmul_peaks={"bfloat16": 1e15})
+    contents = json.loads(path.read_text())
+    assert contents["versions"] == {
+        **versions, "hubert_jax": "not installed", "numpy": "not installed",
+        "python": platform.python_version(),
+    }  # fmt: skip
+    assert contents["cpu"] == "Some CPU: 2 GHz" and contents["memory_GiB"] == 1.5
+    assert contents["matmul_peaks"] == {"bfloat16": 1e15}
+    assert contents["environment"] == {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
+    assert not {"minimal_hubert", "sklearn", "faiss"} & set(sys.modules)
+    monkeypatch.setattr(machine, "CPUINFO", tmp_path / "missing")
+    assert machine.cpu() == platform.processor()
+
+
+def test_the_json_has_the_peak_that_mfu_rests_on(monkeypatch, tmp_path):
+    monkeypatch.setattr(peers, "installed", lambda *packages: False)
+    monkeypatch.setattr(ours, "matmul_peak", {"float32": 1e12}.__getitem__)
+    idle = timing.Contender(ours.NAME, lambda: lambda: time.sleep(0.1))
+    monkeypatch.setattr(ours, "extraction", lambda *args, **kwargs: idle)
+    path = tmp_path / "bench.json"
+    command = ["--config=configs/demo.py", "--rounds=1", "--rows=1", "--seconds=0.5"]
+    command += ["--config.model.compute_dtype=float32"]
+    bench.main(["extraction", *command, f"--out={path}"])
+    contents = json.loads(path.read_text())
+    assert contents["matmul_peaks"] == {"float32": 1e12}
+    for row in contents["rows"]:
+        layer = int(row["work"].split()[1].rstrip(","))
+        model = HubertConfig(**config_files.load("configs/demo.py").model)
+        operations = counts.forward(model, 8000, num_layers=layer)
+        assert row["mfu"] == pytest.approx(operations / row["seconds"] / 1e12 / jax.device_count())

@@ -80,37 +80,64 @@ def test_a_corpus(tmp_path):
     assert num_errors > 5
 
 
+KEEP = checkpoints.CheckpointConfig(every=1, keep_last=1, keep_every=0)
+
+
+def fresh() -> train.State:
+    return train.init_state(tiny.model(), optim.adamw(OPTIM, num_steps=10))
+
+
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
     """A folder with one checkpoint."""
     folder = tmp_path_factory.mktemp("damage") / "checkpoints"
-    state = train.init_state(tiny.model(), optim.adamw(OPTIM, num_steps=10))
-    keep = checkpoints.CheckpointConfig(every=1, keep_last=1, keep_every=0)
-    manager = checkpoints.Checkpoints(folder, keep)
-    facts = weights_card()
-    manager.save(state._replace(step=jax.numpy.int32(1)), facts)
+    rng, state = np.random.default_rng(0), fresh()
+    moments = jax.tree.map(
+        lambda x: jax.numpy.asarray(rng.normal(size=x.shape, scale=9), x.dtype), state.opt_state
+    )
+    manager = checkpoints.Checkpoints(folder, KEEP)
+    manager.save(train.State(jax.numpy.int32(1), state.model, moments), weights_card())
     manager.close()
     return folder
 
 
 def weights_card() -> dict:
     config, head = tiny.dataclasses.asdict(tiny.BASE), tiny.dataclasses.asdict(tiny.HEAD)
-    return {"kind": "checkpoint", "model": config, "head": head, "num_codes": [12]}
+    made_from = {"model": config, "head": head}
+    return {"kind": "checkpoint", "made_from": made_from, **made_from, "num_codes": [12]}
 
 
-def test_a_checkpoint(saved, tmp_path):
-    """In each of its larger files, at several places: the same weights, or an error."""
-    whole = weights.to_named(checkpoints.load_model(saved)[0])
-    files = [p for p in (saved / "1" / "params").rglob("*") if p.is_file() and "/d/" in str(p)]
+def model_alone(folder) -> dict:
+    return weights.to_named(checkpoints.load_model(folder)[0])
+
+
+def all_of_training(folder) -> dict:
+    """What training that is started again goes on from."""
+    manager = checkpoints.Checkpoints(folder, KEEP)
+    try:
+        return weights.to_named(manager.restore(fresh()))
+    finally:
+        manager.close()
+
+
+@pytest.mark.parametrize(
+    ("item", "read"),
+    [("params", model_alone), ("optimizer", all_of_training), ("card", all_of_training)],
+)
+def test_a_checkpoint(saved, tmp_path, item, read):
+    """In each of its larger files, at several places: the same numbers, or an error."""
+    whole = read(saved)
+    files = [p for p in (saved / "1" / item).rglob("*") if p.is_file()]
+    files = [p for p in files if "/d/" in str(p) or p.parent.name == "card"]
     assert files
     num_errors = 0
     for file in files:
-        for place in PLACES:
+        for place in np.linspace(0.01, 0.99, 9) if item == "card" else PLACES:
             folder = tmp_path / "again"
             shutil.copytree(saved, folder)
             flip(folder / file.relative_to(saved), place)
             try:
-                found = weights.to_named(checkpoints.load_model(folder)[0])
+                found = read(folder)
             except ValueError as error:
                 num_errors += 1
                 assert str(folder) in str(error) and "damaged" in str(error)

@@ -12,7 +12,8 @@ import time
 
 import pytest
 
-from hubert_jax import locks
+from hubert_jax import cli, locks
+from tests.tones import DEMO
 
 HOLD = """
 import sys, time
@@ -51,6 +52,20 @@ def test_a_second_run_is_refused_with_the_first_ones_name_and_a_killed_one_is_ta
     with locks.held(tmp_path, "second"):
         assert json.loads((tmp_path / locks.NAME).read_text())["process"] == os.getpid()
     assert "taken over" in capsys.readouterr().out
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("stage", [*cli.CONFIG_STAGES, "import codebook", "import labels"])
+def test_whatever_writes_into_a_work_directory_is_refused_while_another_run_is_there(
+    stage, tmp_path, capsys
+):
+    argv = [*stage.split(), f"--config={DEMO}", f"--workdir={tmp_path}"]
+    argv += [f"--config.corpus.train={tmp_path / 'none'}"]
+    argv += ["--path=none"] if stage.startswith("import") else []
+    with locks.held(tmp_path, "first"), pytest.raises(SystemExit) as exit_:
+        cli.main(argv)
+    assert exit_.value.code == 1
+    assert "another run is at work here: first" in capsys.readouterr().err
     assert not any(tmp_path.iterdir())
 
 

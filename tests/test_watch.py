@@ -53,6 +53,24 @@ def test_a_step_that_is_not_finite_touches_neither_weights_nor_moments(kind, acc
     assert any(changed)
 
 
+def test_a_gradient_that_is_not_finite_is_enough_where_the_loss_is():
+    def steep(model, batch, key, step):
+        value, bias = LOSS(model, batch, key, step), model.head.bias[...].sum()
+        zero = jnp.sqrt(jnp.where(step == 1, bias - jax.lax.stop_gradient(bias), 1.0))
+        return value._replace(total=value.total + jnp.where(step == 1, zero, 0.0))
+
+    step = train.make_step(steep, optim.adamw(OPTIM, num_steps=10), accumulate=1)
+    key = jax.random.key(0)
+    state, metrics = step(start(), batch(), key)
+    assert float(metrics["skipped"][0]) == 0.0
+    before = jax.device_get(state)
+    value = steep(state.model, batch(), jax.random.fold_in(key, 1), state.step)
+    assert np.isfinite(float(value.total))
+    after, metrics = step(state, batch(), key)
+    assert float(metrics["skipped"][0]) == 1.0
+    assert_same((after.model, after.opt_state), (before.model, before.opt_state))
+
+
 def test_a_finite_step_is_the_plain_update_to_the_last_bit():
     optimizer = optim.adamw(OPTIM, num_steps=10)
 

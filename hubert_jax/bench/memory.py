@@ -41,10 +41,11 @@ def limit() -> int:
     if jax.default_backend() == "gpu":
         statistics = jax.local_devices()[0].memory_stats() or {}
         return int(USABLE * statistics["bytes_limit"])
-    return _machine_bytes() // 2
+    return machine_bytes() // 2
 
 
-def _machine_bytes() -> int:
+def machine_bytes() -> int:
+    """Of the main memory."""
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 

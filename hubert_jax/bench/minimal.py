@@ -9,6 +9,12 @@ B batch, S samples, T frames, M masked frames
 from hubert_jax.bench.timing import Work
 from hubert_jax.model import HubertConfig
 
+# Said beside every time of it.
+UNFAITHFUL = (
+    "not faithful: penalty x 1 for x 10, no gradient scale 0.1, base on normalised waveforms, "
+    "Xavier q/k/v, features before the residual unless asked, imported heads four rows off"
+)
+
 
 def training_loss(config: HubertConfig, code_width: int, num_codes: int):
     """minimal_hubert's model with its own loss, which adds the penalty to every masked frame."""

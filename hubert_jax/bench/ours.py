@@ -17,7 +17,7 @@ from hubert_jax import optim, pretraining, sharding, train
 from hubert_jax.bench.timing import Contender, Work
 from hubert_jax.heads import HeadConfig, Hubert
 from hubert_jax.model import Encoder, HubertConfig
-from hubert_jax.ops import frames, kmeans, losses, mfcc
+from hubert_jax.ops import frames, kmeans, losses, mfcc, plus_plus, rows
 
 NAME = "hubert_jax"
 SHARD_ROWS = 500_000  # of generated features; where there are more, they are float16
@@ -90,16 +90,51 @@ def extraction(config: HubertConfig, wave_BS, *, layer: int) -> Contender:
 
 
 def fit(
-    shards: Sequence[np.ndarray], config: kmeans.KMeansConfig, centers: dict[str, np.ndarray]
+    shards: Sequence[np.ndarray], config: kmeans.KMeansConfig, centers: dict[str, list[np.ndarray]]
 ) -> Contender:
     """A codebook, which goes into `centers`."""
     mesh = sharding.make_mesh(data=-1, fsdp=1, tensor=1)
 
     def work():
         found = kmeans.fit(shards, config, seed=0, sharding=sharding.batch_sharding(mesh))
-        centers[NAME] = found.centers_CD
+        centers[NAME] = [found.centers_CD]
 
     return Contender(NAME, lambda: work)
+
+
+def seeding(rows_ND, num_codes: int, found: dict[str, list[np.ndarray]]) -> Contender:
+    """One restart of k-means++ over all these rows; every call draws anew and adds to `found`."""
+
+    def prepare() -> Work:
+        random, drawn = np.random.default_rng(0), found.setdefault(NAME, [])
+        return lambda: drawn.append(seeds(rows_ND, num_codes, random))
+
+    return Contender(NAME, prepare, f"{plus_plus.num_candidates(num_codes)} candidates a centre")
+
+
+def seeds(rows_ND, num_codes: int, random: np.random.Generator) -> np.ndarray:
+    uniform_C1L = plus_plus.draws(random, num_codes=num_codes, num_restarts=1)
+    return np.asarray(jax.jit(plus_plus.seed)(rows_ND, uniform_C1L)[0])
+
+
+def full_pass(
+    shards: Sequence[np.ndarray], centers_CD, means: dict[str, list[np.ndarray]]
+) -> Contender:
+    """One of Lloyd's, with the inertia of the centres given; the new ones go into `means`."""
+
+    def prepare() -> Work:
+        mesh = sharding.make_mesh(data=-1, fsdp=1, tensor=1)
+        reader = rows.Reader(shards, sharding.batch_sharding(mesh))
+
+        def work():
+            placed_CD = reader.replicate(centers_CD)
+            with kmeans._no_bar("", None) as bar:
+                sums = kmeans._full_pass(reader, placed_CD, bar=bar)
+            means[NAME] = [np.asarray(kmeans._means(sums, placed_CD))]
+
+        return work
+
+    return Contender(NAME, prepare)
 
 
 def inertia(features_ND, centers_CD) -> float:
@@ -198,6 +233,7 @@ def _update(optimizer: optim.OptimConfig, hubert: Hubert) -> Work:
 # What the bench works on, and what the machine could do at best.
 
 
+@functools.cache  # one for a table, and the one that its JSON has
 def matmul_peak(dtype: str, *, rounds: int = 5) -> float:
     """Operations per second of the best of a few square matmuls, on one device.
 

@@ -5,8 +5,10 @@ logits as one matmul where the loss is ours. What is not installed is left out.
 B batch, S samples, T frames, N rows, D width, C codes, M masked frames
 """
 
+import functools
 import importlib.util
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -45,7 +47,9 @@ def training(
                 loss, parameters = make(config, code_width, int(labels_BT.max()) + 1)
                 return _torch_step(loss, parameters, wave_BS, labels_BT, dtype, compile_)
 
-            contenders.append(Contender(peer + (", torch.compile" if compile_ else ""), prepare))
+            name = peer + (", torch.compile" if compile_ else "")
+            note = minimal.UNFAITHFUL if peer == "minimal_hubert" else ""
+            contenders.append(Contender(name, prepare, note))
     return contenders
 
 
@@ -163,56 +167,71 @@ def _torchaudio_encoder(config: HubertConfig) -> dict[str, Any]:
     }
 
 
-def extraction(config: HubertConfig, wave_BS, *, layer: int, dtype: str) -> list[Contender]:
-    """A layer's output: transformers whole and cut after that layer, torchaudio."""
-    contenders = []
+def extraction(
+    config: HubertConfig, wave_BS, *, layer: int, dtype: str, compiled: bool
+) -> list[Contender]:
+    """A layer's output: transformers whole and cut after that layer, torchaudio.
+
+    Compiled for fixed shapes: a second number of rows would otherwise be compiled for any number.
+    """
+    makers: list[tuple[str, Callable[..., Work], int]] = []
     if installed("torch", "transformers"):
         if layer < config.num_layers:
-            contenders.append(
-                Contender(
-                    "transformers, whole", lambda: _hidden_states(config, wave_BS, None, dtype)
-                )
-            )
+            makers.append(("transformers, whole", _hidden_states, config.num_layers))
         name = "transformers" + (f", cut to {layer} layers" if layer < config.num_layers else "")
-        contenders.append(Contender(name, lambda: _hidden_states(config, wave_BS, layer, dtype)))
+        makers.append((name, _hidden_states, layer))
     if installed("torch", "torchaudio"):
-        contenders.append(
-            Contender("torchaudio", lambda: _torchaudio_layer(config, wave_BS, layer, dtype))
+        makers.append(("torchaudio", _torchaudio_layer, layer))
+    contenders = [
+        Contender(
+            name + (", torch.compile" if compile_ else ""),
+            functools.partial(make, config, wave_BS, num_layers, dtype, compile_),
         )
+        for name, make, num_layers in makers
+        for compile_ in ((False, True) if compiled else (False,))
+    ]
     if installed("torch", "minimal_hubert") and minimal.size_of(config):
-        contenders.append(
-            Contender("minimal_hubert", lambda: minimal.layer_output(config, wave_BS, layer, dtype))
-        )
+        prepare = functools.partial(minimal.layer_output, config, wave_BS, layer, dtype)
+        contenders.append(Contender("minimal_hubert", prepare, minimal.UNFAITHFUL))
     return contenders
 
 
-def _hidden_states(config: HubertConfig, wave_BS, num_layers: int | None, dtype: str) -> Work:
+def _hidden_states(
+    config: HubertConfig, wave_BS, num_layers: int, dtype: str, compile_: bool
+) -> Work:
     import torch
 
     model = _hubert_model(config, num_layers=num_layers).eval()
+    device = model.device
+    compute = torch.compile(model, dynamic=False) if compile_ else model
 
     @torch.inference_mode()
     def work():
-        wave = torch.from_numpy(wave_BS).to(model.device)
-        with torch.autocast(model.device.type, torch.bfloat16, enabled=dtype == "bfloat16"):
-            return model(wave).last_hidden_state.float().cpu().numpy()
+        wave = torch.from_numpy(wave_BS).to(device)
+        with torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16"):
+            return compute(wave).last_hidden_state.float().cpu().numpy()
 
     return work
 
 
-def _torchaudio_layer(config: HubertConfig, wave_BS, layer: int, dtype: str) -> Work:
+def _torchaudio_layer(
+    config: HubertConfig, wave_BS, layer: int, dtype: str, compile_: bool
+) -> Work:
     import torch
     import torchaudio
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = torchaudio.models.wav2vec2_model(**_torchaudio_encoder(config), aux_num_out=None)
     model = model.eval().to(device)
+    compute = model.extract_features
+    if compile_:
+        compute = torch.compile(compute, dynamic=False)
 
     @torch.inference_mode()
     def work():
         wave = torch.from_numpy(wave_BS).to(device)
         with torch.autocast(device, torch.bfloat16, enabled=dtype == "bfloat16"):
-            return model.extract_features(wave, num_layers=layer)[0][-1].float().cpu().numpy()
+            return compute(wave, num_layers=layer)[0][-1].float().cpu().numpy()
 
     return work
 
@@ -220,27 +239,92 @@ def _torchaudio_layer(config: HubertConfig, wave_BS, layer: int, dtype: str) -> 
 def fit(
     shards: Sequence[np.ndarray],
     num_codes: int,
-    centers: dict[str, np.ndarray],
+    centers: dict[str, list[np.ndarray]],
     *,
     n_init: int,
 ) -> list[Contender]:
     """scikit-learn's MiniBatchKMeans with the reference's arguments but for n_init."""
     if not installed("sklearn"):
         return []
-    name, features_ND = f"scikit-learn, n_init {n_init}", np.concatenate(shards)
+    name = f"scikit-learn, n_init {n_init}"
 
-    def work():
+    def prepare() -> Work:
         from sklearn.cluster import MiniBatchKMeans
 
-        model = MiniBatchKMeans(
-            n_clusters=num_codes, init="k-means++", max_iter=100, batch_size=10_000, tol=0.0,
-            max_no_improvement=100, n_init=n_init, reassignment_ratio=0.0, random_state=0,
-            compute_labels=False,
-        )  # fmt: skip
-        model.fit(features_ND)
-        centers[name] = model.cluster_centers_
+        features_ND = np.concatenate(shards)
 
-    return [Contender(name, lambda: work)]
+        def work():
+            model = MiniBatchKMeans(
+                n_clusters=num_codes, init="k-means++", max_iter=100, batch_size=10_000, tol=0.0,
+                max_no_improvement=100, n_init=n_init, reassignment_ratio=0.0, random_state=0,
+                compute_labels=False,
+            )  # fmt: skip
+            model.fit(features_ND)
+            centers[name] = [model.cluster_centers_]
+
+        return work
+
+    return [Contender(name, prepare)]
+
+
+def seeding(rows_ND, num_codes: int, found: dict[str, list[np.ndarray]]) -> list[Contender]:
+    """scikit-learn's k-means++; of candidates it tries 2 + ln(C), not log2 as ours."""
+    if not installed("sklearn"):
+        return []
+
+    def prepare() -> Work:
+        from sklearn.cluster import kmeans_plusplus
+
+        random, drawn = np.random.RandomState(0), found.setdefault("scikit-learn", [])
+        return lambda: drawn.append(kmeans_plusplus(rows_ND, num_codes, random_state=random)[0])
+
+    note = f"{2 + int(math.log(num_codes))} candidates a centre"
+    return [Contender("scikit-learn", prepare, note)]
+
+
+def full_pass(
+    shards: Sequence[np.ndarray], centers_CD, means: dict[str, list[np.ndarray]]
+) -> list[Contender]:
+    """Fits of one pass from given centres, on all rows."""
+
+    def of_sklearn() -> Work:
+        from sklearn.cluster import KMeans
+
+        rows_ND = _float32(shards)
+
+        def work():
+            model = KMeans(
+                len(centers_CD), init=centers_CD, n_init=1, max_iter=1, algorithm="lloyd"
+            )
+            means["scikit-learn"] = [model.fit(rows_ND).cluster_centers_]
+
+        return work
+
+    def of_faiss() -> Work:
+        import faiss
+
+        rows_ND = _float32(shards)
+
+        def work():
+            model = faiss.Kmeans(
+                *centers_CD.shape[::-1], niter=1, max_points_per_centroid=len(rows_ND)
+            )
+            model.train(rows_ND, init_centroids=centers_CD)
+            means["faiss"] = [np.asarray(model.centroids)]
+
+        return work
+
+    contenders = []
+    if installed("sklearn"):
+        note = "with the mean taken off before and a second assignment after"
+        contenders.append(Contender("scikit-learn", of_sklearn, note))
+    if installed("faiss"):
+        contenders.append(Contender("faiss", of_faiss))
+    return contenders
+
+
+def _float32(shards: Sequence[np.ndarray]) -> np.ndarray:
+    return np.concatenate(shards, dtype=np.float32)
 
 
 def assignment(features_ND, centers_CD) -> list[Contender]:

@@ -2,16 +2,13 @@
 """The rows of the bench's table, and how they are printed and kept."""
 
 import json
-import os
-import platform
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-import jax
 from etils import epath
 
 from hubert_jax import logs
-from hubert_jax.bench import ours
+from hubert_jax.bench import machine, ours
 from hubert_jax.bench.timing import Timing
 from hubert_jax.data import cards
 
@@ -37,13 +34,16 @@ def rows(
     *,
     notes: dict[str, str] | None = None,
 ) -> list[Row]:
-    """A row for each contender; `rate` says what so many seconds amount to."""
+    """A row for each contender; `rate` says what so many seconds amount to.
+
+    `notes` go before what a contender says of itself.
+    """
     own = [timing.median for timing in timings if timing.name == ours.NAME]
     return [
         Row(
             work, t.name, t.median, t.first, rate(t.median),
             ratio=t.median / own[0] if own and len(timings) > 1 else None,
-            note=(notes or {}).get(t.name, t.note),
+            note="; ".join(filter(None, ((notes or {}).get(t.name), t.note))),
         )
         for t in timings
     ]  # fmt: skip
@@ -64,12 +64,18 @@ def _cells(row: Row) -> tuple[str, ...]:
     return (row.work, row.who, f"{row.seconds:.4g}", first, row.rate, ratio, mfu, memory, row.note)
 
 
-def write(path: epath.Path, found: Sequence[Row], arguments: dict[str, Any]) -> None:
+def write(
+    path: epath.Path,
+    found: Sequence[Row],
+    arguments: dict[str, Any],
+    *,
+    matmul_peaks: dict[str, float],
+) -> None:
+    """`matmul_peaks`: FLOP/s of a device in each precision, which MFU rests on."""
     contents = {
         "rows": [row._asdict() for row in found],
-        "versions": cards.versions() | {"python": platform.python_version()},
-        "devices": [device.device_kind for device in jax.devices()],
-        "cores": os.cpu_count(),
+        **machine.described(),
+        "matmul_peaks": matmul_peaks,
         "arguments": {name: str(value) for name, value in arguments.items()},
     }
     with cards.whole(path) as unfinished:

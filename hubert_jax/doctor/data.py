@@ -5,14 +5,17 @@ Lengths, speakers and duplicates are of every utterance; loudness of some, drawn
 """
 
 import collections
+import os
+import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from hubert_jax.data import readers
-from hubert_jax.data.corpus import Corpus, Split
-from hubert_jax.doctor.findings import Finding, graded, ok, stop
+from hubert_jax.data.corpus import SPLITS, Corpus, Split
+from hubert_jax.doctor import disk
+from hubert_jax.doctor.findings import Finding, graded, look, ok, stop
 from hubert_jax.ops import frames
 
 NUM_DECODED = 200  # utterances of a split that are listened to
@@ -24,6 +27,7 @@ AFFECTED_SHARE = 0.05  # of the utterances, above which it is worth a look
 LOW_DB = -55.0  # mean level of a split below which its microphone is doubted
 MAX_DUPLICATES = 0.001  # share of the utterances
 MAX_SPEAKER_SHARE = 0.5  # of the hours
+MIN_BYTES_PER_SECOND = 100  # of any codec; what claims less has a header of unknown length
 
 
 class SplitFacts(NamedTuple):
@@ -56,16 +60,68 @@ def _listen(audio_S: np.ndarray) -> tuple[float, float, float]:
     return float(np.mean(np.abs(audio_S) >= FULL_SCALE)), float(silent), float(level)
 
 
-def of_sources(config) -> list[Finding]:
-    """Of audio that is not yet a corpus: whether it is there."""
+class Measured(NamedTuple):
+    """About what prepare will read of a source."""
+
+    seconds: float  # NaN: not known
+    num_files: int
+    num_archives: int
+
+
+def of_sources(config) -> tuple[list[Finding], dict[str, int] | None]:
+    """Of audio that is not yet a corpus: whether it is there, and about how much of it.
+
+    The second value is the samples of a split, about; None: not known. What prepare will take from
+    train for validation counts as train.
+    """
     try:
-        sources = [
-            s for name in ("train", "validation", "test") for s in readers.parse(config[name])
-        ]
-    except (ValueError, OSError) as error:
-        return [stop("audio: sources", str(error), "mend corpus.train, .validation or .test")]
-    listed = ", ".join(map(str, sources))
-    return [ok("audio: sources", f"{listed}; hubert prepare has not run, or not to its end")]
+        if not config.train:
+            raise ValueError("corpus.train is empty: name a folder of audio, or kind:path")
+        sources = {name: readers.parse(config[name]) for name in SPLITS}
+        if not config.validation:  # synth has its own
+            sources["validation"] = [s for s in sources["train"] if s.kind == "synth"]
+        measured = {
+            name: [_measure(source, name, config) for source in of_split]
+            for name, of_split in sources.items()
+        }
+    except (ValueError, OSError, re.error) as error:
+        remedy = "mend corpus.train, .validation or .test"
+        return [stop("audio: sources", str(error), remedy)], None
+    listed = ", ".join(dict.fromkeys(str(s) for of_split in sources.values() for s in of_split))
+    there = ok("audio: sources", f"{listed}; hubert prepare has not run, or not to its end")
+    every = [one for of_split in measured.values() for one in of_split]
+    counts = {
+        "files": sum(one.num_files for one in every),
+        "archives": sum(one.num_archives for one in every),
+    }
+    counted = ", ".join(f"{num} {what}" for what, num in counts.items() if num)
+    counted = counted or "hubert prepare makes it"
+    seconds = {name: sum(one.seconds for one in of_split) for name, of_split in measured.items()}
+    total = sum(seconds.values())
+    if np.isnan(total):
+        reason = f"not known: the headers that were tried tell no length ({counted})"
+        return [there, look("audio: hours", reason, "is it audio? play some of it")], None
+    about = f"about {total / 3600:.2f} h ({counted}), an estimate before hubert prepare"
+    num_samples = {name: int(num * frames.SAMPLE_RATE) for name, num in seconds.items()}
+    return [there, ok("audio: hours", about)], num_samples
+
+
+def _measure(source: readers.Source, split: str, config) -> Measured:
+    """By the headers of some files; of an archive, which holds FLAC, by its size."""
+    if source.kind == "synth":
+        if split == "test":
+            raise ValueError("corpus.test: synth makes train and validation only")
+        return Measured(60.0 * config.synth[f"{split}_minutes"], 0, 0)
+    if source.is_archive:
+        return Measured(os.path.getsize(source.path) / disk.FLAC_BYTES_PER_SECOND, 0, 1)
+    items, ratio = readers.listing(source, speaker_pattern=config.speaker_pattern)
+    kept = [item for item in items if not (config.exclude and re.search(config.exclude, item.id))]
+    if not kept:
+        raise ValueError(
+            f"{source}: corpus.exclude={config.exclude!r} leaves none of {len(items)} audio files"
+        )
+    ratio = ratio if 0 < ratio < 1 / MIN_BYTES_PER_SECOND else np.nan
+    return Measured(ratio * sum(item.num_bytes for item in kept), len(kept), 0)
 
 
 def of_corpus(corpus: Corpus) -> list[Finding]:

@@ -6,12 +6,12 @@ from collections.abc import Mapping
 from hubert_jax.doctor.findings import Finding, graded
 from hubert_jax.ops import frames
 
-FLAC_SHARE = 0.6  # of 16-bit samples; speech takes 0.4 to 0.6
+FLAC_BYTES_PER_SECOND = 19_100  # what prepare wrote of LibriSpeech, docs/SCALING.md
 MARGIN = 1.25
 
 
 def corpus_bytes(num_samples: int) -> int:
-    return int(2 * FLAC_SHARE * num_samples)
+    return int(FLAC_BYTES_PER_SECOND * num_samples / frames.SAMPLE_RATE)
 
 
 def features_bytes(num_samples: int, *, share: float, rate: int, width: int, dtype: str) -> int:
@@ -31,17 +31,31 @@ def checkpoints_bytes(
     return 12 * num_parameters * kept
 
 
-def of_disk(needed: Mapping[str, int], free: int) -> list[Finding]:
-    """`needed`: bytes that are still to be written, by stage; the last line is their sum."""
+def of_disk(needed: Mapping[str, int], free: int | None, *, is_whole: bool) -> list[Finding]:
+    """`needed`: bytes that are still to be written, by stage; their sum is held against `free`.
+
+    `free` is None where it is not known, `is_whole` false where what grows with the audio is not.
+    """
     total = sum(needed.values())
-    listed = ", ".join(f"{name} {num / 1e9:.2f}" for name, num in needed.items() if num)
+    parts = [f"{name} {_size(num)}" for name, num in needed.items() if num]
+    if not is_whole:
+        parts.append("corpus, features and labels: not known before hubert prepare")
+    words = f"{_size(total)} to come ({', '.join(parts) or 'nothing'})"
+    is_short = free is not None and MARGIN * total > free
     return [
         graded(
             "disk",
-            f"{total / 1e9:.2f} GB to come ({listed or 'nothing'}), {free / 1e9:.2f} GB free",
+            f"{'' if is_whole else 'at least '}{words}, "
+            + ("what is free in a bucket is not known" if free is None else f"{_size(free)} free"),
             "free some, or lower features.sample_share, checkpoints.keep_last or raise"
-            " checkpoints.keep_every",
-            is_look=MARGIN * total > free,
-            is_stop=total > free,
+            " checkpoints.keep_every"
+            if is_short
+            else "the hours of the audio are not known, see above",
+            is_look=is_short or not is_whole,
+            is_stop=free is not None and total > free,
         )
     ]
+
+
+def _size(num_bytes: int) -> str:
+    return f"{num_bytes / 1e9:.2f} GB" if num_bytes >= 1e9 else f"{num_bytes / 1e6:.1f} MB"

@@ -4,7 +4,8 @@
     hubert bench [WORK ...] [--config=configs/base.py]
 
     training    an update                       extraction  features of a layer
-    kmeans      a codebook, and codes from it   mfcc        MFCC-39
+    kmeans      a codebook; seeds, a pass and   mfcc        MFCC-39
+                assignment by themselves
     input       FLAC in a corpus to batches     start       --help, and until a first update
     checkpoint  how long saving blocks          breakdown   where the time of an update goes
 
@@ -60,9 +61,14 @@ def main(argv: Sequence[str]) -> None:
     for name in names or WORK:
         made = WORK[name](config, args)
         rows += with_memory(made, name, argv) if args.memory else made
+    if not rows:
+        raise ValueError(f"--only={args.only}: nobody is called that in {', '.join(names or WORK)}")
     print(table.printed(rows))
     if args.out:
-        table.write(args.out, rows, vars(args))
+        dtype = str(HubertConfig(**config.model).dtype)
+        has_mfu = any(row.mfu is not None for row in rows)
+        peaks = {dtype: ours.matmul_peak(dtype)} if has_mfu else {}
+        table.write(args.out, rows, vars(args), matmul_peaks=peaks)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -107,6 +113,10 @@ def timed(work: str, contenders: Iterable[Contender], args: argparse.Namespace) 
     if not chosen:
         raise ValueError(f"--only={args.only}: there are {', '.join(c.name for c in found)}")
     return timing.alternate(work, chosen, rounds=args.rounds)
+
+
+def asked_for(contenders: Sequence[Contender], args: argparse.Namespace) -> bool:
+    return args.only in (None, *(contender.name for contender in contenders))
 
 
 def with_memory(rows: list[Row], name: str, argv: Sequence[str]) -> list[Row]:
@@ -171,8 +181,10 @@ def extraction(config: Any, args: argparse.Namespace) -> list[Row]:
         for layer in sorted({model.num_layers // 2, model.num_layers}):
             work = f"layer {layer}, {num_rows} x {args.seconds:g} s, {model.dtype}"
             contenders = [ours.extraction(model, wave_BS, layer=layer)]
-            contenders += peers.extraction(model, wave_BS, layer=layer, dtype=str(model.dtype))
-            if args.only not in (None, *(contender.name for contender in contenders)):
+            contenders += peers.extraction(
+                model, wave_BS, layer=layer, dtype=str(model.dtype), compiled=args.compile
+            )
+            if not asked_for(contenders, args):
                 continue  # transformers is cut to each layer under another name
             timings = timed(work, contenders, args)
             operations = num_rows * counts.forward(model, wave_BS.shape[1], num_layers=layer)
@@ -181,32 +193,69 @@ def extraction(config: Any, args: argparse.Namespace) -> list[Row]:
 
 
 def clustering(config: Any, args: argparse.Namespace) -> list[Row]:
+    """A whole fit, and its parts: seeding, a full pass from such seeds, assignment."""
     settings = kmeans.KMeansConfig(**config.kmeans)
     rows = []
     for size in args.codebooks.split(","):
         width, num_codes = map(int, size.split("x"))
         shards = ours.clustered(args.frames, width, num_codes)
-        work = f"k-means, {args.frames} x {width}, K {num_codes}"
-        centers: dict[str, np.ndarray] = {}
+        features_ND = shards[0]  # for the inertia as well: of ten million rows it takes a minute
+        num_seeding = max(kmeans.SEEDING_ROWS, 32 * num_codes)  # of a restart, as in a fit
+        part_ND = features_ND[:num_seeding].astype(np.float32)
+
+        centers: dict[str, list[np.ndarray]] = {}
         fitted = kmeans.KMeansConfig(**(vars(settings) | {"num_codes": num_codes}))
         contenders = [ours.fit(shards, fitted, centers)]
-        if args.only != ours.NAME:
-            contenders += peers.fit(shards, num_codes, centers, n_init=args.n_init)
-        timings = timed(work, contenders, args)
-        # of the first shard: all of ten million rows take the host a minute
-        notes = {n: f"inertia {ours.inertia(shards[0], x):.2f}" for n, x in centers.items()}
-        rows += table.rows(work, timings, notes=notes)
+        contenders += peers.fit(shards, num_codes, centers, n_init=args.n_init)
+        if asked_for(contenders, args):
+            work = f"k-means, {args.frames} x {width}, K {num_codes}"
+            timings = timed(work, contenders, args)
+            rows += table.rows(work, timings, notes=_inertias(features_ND, centers))
 
-        if ours.NAME in centers:
-            features_ND, nearest = shards[0], centers[ours.NAME].astype(np.float32)
+        seeds: dict[str, list[np.ndarray]] = {}
+        contenders = [
+            ours.seeding(part_ND, num_codes, seeds),
+            *peers.seeding(part_ND, num_codes, seeds),
+        ]
+        if asked_for(contenders, args):
+            work = f"seeding, {len(part_ND)} x {width}, K {num_codes}"
+            timings = timed(work, contenders, args)
+            count = 2 + args.rounds  # which everybody has drawn at least
+            notes = _inertias(part_ND, {name: drawn[:count] for name, drawn in seeds.items()})
+            rows += table.rows(work, timings, notes=notes)
+        first_CD = ours.seeds(part_ND, num_codes, np.random.default_rng(0))
+
+        means: dict[str, list[np.ndarray]] = {}
+        contenders = [
+            ours.full_pass(shards, first_CD, means),
+            *peers.full_pass(shards, first_CD, means),
+        ]
+        if asked_for(contenders, args):
+            work = f"full pass, {args.frames} x {width}, K {num_codes}"
+            timings = timed(work, contenders, args)
+            notes = _inertias(features_ND, means)
+            rows += table.rows(work, timings, _millions(args.frames), notes=notes)
+
+        nearest_CD = centers.get(ours.NAME, [first_CD])[0]
+        contenders = [
+            ours.assignment(features_ND, nearest_CD),
+            *peers.assignment(features_ND, nearest_CD),
+        ]
+        if asked_for(contenders, args):
             work = f"assignment, {len(features_ND)} x {width}, K {num_codes}"
-            contenders = [
-                ours.assignment(features_ND, nearest),
-                *peers.assignment(features_ND, nearest),
-            ]
             timings = timed(work, contenders, args)
             rows += table.rows(work, timings, _millions(len(features_ND)))
     return rows
+
+
+def _inertias(features_ND, found: dict[str, list[np.ndarray]]) -> dict[str, str]:
+    """A note for each name: the inertia of its centres, the mean of them if there are several."""
+    notes = {}
+    for name, centers in found.items():
+        several = f", mean of {len(centers)}" if len(centers) > 1 else ""
+        inertia = np.mean([ours.inertia(features_ND, centers_CD) for centers_CD in centers])
+        notes[name] = f"inertia {inertia:.2f}{several}"
+    return notes
 
 
 def _millions(num_frames: int) -> Callable[[float], str]:

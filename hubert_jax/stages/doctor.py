@@ -12,14 +12,14 @@ import argparse
 import os
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import jax
 import numpy as np
 from etils import epath
 
 from hubert_jax import config_files, heads, locks, logs, sharding
-from hubert_jax.data import cards
+from hubert_jax.data import cards, places
 from hubert_jax.data.corpus import Corpus
 from hubert_jax.doctor import curves, data, disk, labels, plan
 from hubert_jax.doctor.findings import Finding, as_text, graded, ok, stop, worst
@@ -50,24 +50,31 @@ def examine(configs: Sequence, workdir: epath.Path) -> list[Finding]:
     """All findings of the iterations whose configs are given."""
     found = [*of_versions(), of_lock(workdir)]
     corpus: Corpus | None = None
+    num_samples: dict[str, int] | None
+    needed: dict[str, int] = {}
     try:
         if (workdir / "corpus" / "card.json").exists():
             corpus = Corpus(workdir / "corpus")
             found += data.of_corpus(corpus)
+            splits = {name: corpus.split(name) for name in corpus.splits}
+            num_samples = {name: int(split.num_samples.sum()) for name, split in splits.items()}
         else:
-            found += data.of_sources(configs[0].corpus)
+            of_audio, num_samples = data.of_sources(configs[0].corpus)
+            found += of_audio
+            if num_samples is not None:
+                size = disk.corpus_bytes(sum(num_samples.values()))
+                needed["corpus"] = max(size - made_bytes(workdir / "corpus"), 0)
     except (ValueError, OSError) as error:
         return [*found, stop("audio: corpus", str(error), "run hubert prepare")]
-    needed: dict[str, int] = {}
     for config in configs:
         machine, problem = of_devices(config)
         found += problem
         folder = workdir / config.iteration
         parameters = num_parameters(config)
+        needed |= still_needed(config, folder, num_samples, parameters)
         if corpus is not None:
             num_samples_N = np.array(corpus.split("train").num_samples)
             found += labels.of_iteration(folder, corpus)
-            needed |= still_needed(config, folder, corpus, parameters)
             if config.train.num_steps:
                 found += plan.of_plan(config, num_samples_N, machine)
         elif config.train.num_steps:
@@ -78,7 +85,8 @@ def examine(configs: Sequence, workdir: epath.Path) -> list[Finding]:
                 curves.expected(config),
                 *of_training(config, folder),
             ]
-    return found + disk.of_disk(needed, free_bytes(workdir))
+    is_whole = num_samples is not None
+    return found + disk.of_disk(needed, free_bytes(workdir), is_whole=is_whole)
 
 
 def of_versions() -> list[Finding]:
@@ -120,22 +128,29 @@ def num_parameters(config) -> int:
     return sum(leaf.size for leaf in jax.tree.leaves(model))
 
 
-def still_needed(config, folder: epath.Path, corpus: Corpus, parameters: int) -> dict[str, int]:
-    """Bytes of what an iteration has yet to write."""
-    samples = {name: int(corpus.split(name).num_samples.sum()) for name in corpus.splits}
+def made_bytes(folder: epath.Path) -> int:
+    """Bytes of the shards of a corpus that `hubert prepare` has not finished."""
+    patterns = ("*.array_record-*", "*/*.array_record")
+    return sum(path.stat().length for pattern in patterns for path in folder.glob(pattern))
+
+
+def still_needed(
+    config, folder: epath.Path, num_samples: Mapping[str, int] | None, parameters: int
+) -> dict[str, int]:
+    """Bytes of what an iteration has yet to write; of audio of unknown length, the checkpoints."""
     is_mfcc = config.features.kind == "mfcc"
     rate = frames.SAMPLE_RATE // (frames.MFCC_HOP if is_mfcc else frames.HOP)
     width = mfcc.WIDTH if is_mfcc else config.model.width
     form = dict(rate=rate, width=width, dtype=config.features.dtype)
     name, needed = config.iteration, {}
-    if not (folder / "features" / "card.json").exists():
+    if num_samples and not (folder / "features" / "card.json").exists():
         share = config.features.sample_share
-        num = disk.features_bytes(samples["train"], share=share, **form)
+        num = disk.features_bytes(num_samples["train"], share=share, **form)
         if config.features.dump:
-            num += disk.features_bytes(sum(samples.values()), share=1.0, **form)
+            num += disk.features_bytes(sum(num_samples.values()), share=1.0, **form)
         needed[f"{name} features"] = num
-    if not (folder / "labels" / "train" / "card.json").exists():
-        needed[f"{name} labels"] = disk.labels_bytes(sum(samples.values()), rate=rate)
+    if num_samples and not (folder / "labels" / "train" / "card.json").exists():
+        needed[f"{name} labels"] = disk.labels_bytes(sum(num_samples.values()), rate=rate)
     steps = config.train.num_steps
     if steps and not (folder / "checkpoints" / str(steps)).exists():
         needed[f"{name} checkpoints"] = disk.checkpoints_bytes(
@@ -145,7 +160,10 @@ def still_needed(config, folder: epath.Path, corpus: Corpus, parameters: int) ->
     return needed
 
 
-def free_bytes(workdir: epath.Path) -> int:
+def free_bytes(workdir: epath.Path) -> int | None:
+    """None in a bucket, which does not tell."""
+    if not places.is_local(workdir):
+        return None
     folder = os.path.abspath(os.fspath(workdir))
     while not os.path.exists(folder):
         folder = os.path.dirname(folder)

@@ -23,7 +23,7 @@ import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
-from hubert_jax import checkpoints, config_files, encode, extract, logs, weights
+from hubert_jax import checkpoints, config_files, encode, extract, locks, logs, weights
 from hubert_jax.data import arrays, cards, codebooks, fairseq_files, labels
 from hubert_jax.data.corpus import Corpus, Split
 from hubert_jax.interchange import formats
@@ -50,10 +50,11 @@ def main(argv: Sequence[str]) -> None:
     overrides, words = config_files.split_overrides(argv)
     args = top.parse_args(words)
     config = config_files.configured(top, args.config, overrides)
-    if args.what == "codebook":
-        import_codebook(args.path, config, args.workdir)
-    else:
-        import_labels(args.path, config, args.workdir, rate=args.rate)
+    with locks.held(args.workdir, f"hubert import {args.what}"):
+        if args.what == "codebook":
+            import_codebook(args.path, config, args.workdir)
+        else:
+            import_labels(args.path, config, args.workdir, rate=args.rate)
 
 
 def parser() -> argparse.ArgumentParser:
