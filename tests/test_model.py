@@ -12,8 +12,8 @@ from flax import nnx
 
 from hubert_jax import heads, weights
 from hubert_jax.layers import gelu, scale_gradient
-from hubert_jax.model import PositionConv
 from hubert_jax.ops import frames, losses
+from hubert_jax.positions import PositionConv
 from tests import tiny
 
 SAMPLES = 12_800
