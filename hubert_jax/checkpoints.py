@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import errno
 from collections.abc import Iterator
+from typing import Any
 
 import jax
 import numpy as np
@@ -91,7 +92,7 @@ class Checkpoints:
         card = read_card(self.folder)
         if "kept" not in card:  # one of 0.2.0
             return
-        rule = CheckpointConfig(**card["kept"])
+        rule = _rule(resolve(self.folder), card["kept"])
         processes.wait("checkpoints listed")  # by all, before the first is removed
         for step in sorted(self._manager.all_steps())[: -rule.keep_last]:
             if not rule.keep_every or step % rule.keep_every:
@@ -132,6 +133,19 @@ def enough_space(folder: epath.Path) -> Iterator[None]:
             f"no space left writing a checkpoint to {folder}; free some and run the same command"
             " again: earlier checkpoints are whole",
         ) from error
+
+
+def _rule(step: epath.Path, kept: Any) -> CheckpointConfig:
+    """By which a run kept its checkpoints, from the card of one of them."""
+    fields = {field.name for field in dataclasses.fields(CheckpointConfig)}
+    if (
+        not isinstance(kept, dict)
+        or kept.keys() != fields
+        or not all(type(value) is int and value >= 0 for value in kept.values())
+        or not kept["keep_last"]
+    ):
+        raise _damaged(step, f"card: kept is {kept!r}, which is no rule of a run")
+    return CheckpointConfig(**kept)
 
 
 def _restore(step: epath.Path, item: str, like, card: dict):

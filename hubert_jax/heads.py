@@ -99,11 +99,15 @@ class Hubert(nnx.Module):
 
     def __call__(self, wave_BS, mask_BT, *, key=None) -> tuple[list[jax.Array], jax.Array]:
         """Logits of every label set, and the feature penalty (a scalar)."""
+        assert self.head is not None
+        x_BTD, penalty = self.encode(wave_BS, mask_BT, key=key)
+        return self.head(x_BTD), penalty
+
+    def encode(self, wave_BS, mask_BT, *, key=None) -> tuple[jax.Array, jax.Array]:
+        """The features that the head sees (B, T, D), and the feature penalty."""
         conv_BTC = self.encoder.extract(wave_BS)
         penalty = losses.feature_penalty(conv_BTC)
-        x_BTD = self.encoder.contextualize(conv_BTC, mask_BT=mask_BT, key=key)
-        assert self.head is not None
-        return self.head(x_BTD), penalty
+        return self.encoder.contextualize(conv_BTC, mask_BT=mask_BT, key=key), penalty
 
     def symbols(self, wave_BS) -> jax.Array:
         """Logits of the CTC symbols, float32 (B, T, V), of rows without padding."""

@@ -52,7 +52,8 @@ def predict(
     model: Hubert, batch, mask_key, dropout_key
 ) -> tuple[list[losses.Prediction], jax.Array]:
     """The sums of every label set, and the feature penalty."""
-    logits, mask_BT, penalty = _masked_logits(model, batch, mask_key, dropout_key)
+    mask_BT = _mask(model, batch, mask_key)
+    logits, penalty = model(batch["audio"], mask_BT, key=dropout_key)
     return _predictions(logits, mask_BT, batch), penalty
 
 
@@ -65,30 +66,32 @@ class Usage(NamedTuple):
 
 
 def evaluate(model: Hubert, batch, mask_key) -> tuple[dict[str, tuple], list[Usage]]:
-    """What `summary` says of a batch, and for each label set how its codes are used."""
-    logits, mask_BT, penalty = _masked_logits(model, batch, mask_key, None)
+    """What `summary` says of a batch, and for each label set how its codes are used.
+
+    Among the former `feature_spread`: `losses.spread` of the features, of frames without a mask.
+    """
+    mask_BT = _mask(model, batch, mask_key)
+    x_BTD, penalty = model.encode(batch["audio"], mask_BT)
+    assert model.head is not None
+    logits = model.head(x_BTD)
+    weights_BT = jnp.broadcast_to(batch["weights"][:, None], mask_BT.shape)
     usages = []
     for g, logits_BTC in enumerate(logits):
         num_codes = logits_BTC.shape[-1]
-        weights_BT = jnp.broadcast_to(batch["weights"][:, None], mask_BT.shape)
         labelled_C, predicted_C = (
             jnp.zeros(num_codes).at[codes_BT].add(weights_BT)
             for codes_BT in (batch["labels"][..., g], jnp.argmax(logits_BTC, axis=-1))
         )
         spread = jnp.mean(jnp.std(logits_BTC, axis=(0, 1)))
         usages.append(Usage(labelled_C, predicted_C, spread))
-    return summary(_predictions(logits, mask_BT, batch), penalty), usages
+    metrics = summary(_predictions(logits, mask_BT, batch), penalty)
+    return metrics | {"feature_spread": (losses.spread(x_BTD, weights_BT * ~mask_BT), 1.0)}, usages
 
 
-def _masked_logits(model: Hubert, batch, mask_key, dropout_key):
-    """(logits of every label set, mask_BT, feature penalty)."""
-    labels_BTG = batch["labels"]
-    encoder = model.encoder.config
-    mask_BT = masking.span_mask(
-        mask_key, *labels_BTG.shape[:2], prob=encoder.mask_prob, length=encoder.mask_length
-    )
-    logits, penalty = model(batch["audio"], mask_BT, key=dropout_key)
-    return logits, mask_BT, penalty
+def _mask(model: Hubert, batch, key) -> jax.Array:
+    config = model.encoder.config
+    shape_BT = batch["labels"].shape[:2]
+    return masking.span_mask(key, *shape_BT, prob=config.mask_prob, length=config.mask_length)
 
 
 def _predictions(logits: list[jax.Array], mask_BT, batch) -> list[losses.Prediction]:

@@ -23,7 +23,9 @@ MIN_HISTORY = 30  # steps before a loss can be called a jump
 JUMP = 8.0  # robust standard deviations above the median of the window, and
 JUMP_SHARE = 0.1  # at least this much of the median
 ONE_CODE = 1.5  # perplexity of predictions at and below which it is one code that is predicted
-SAME_FEATURES = 0.01  # spread of logits, whose range is +-10 for a temperature of 0.1
+SAME_FEATURES = 0.01  # share of the features' size that differs between frames
+SAME_LOGITS = 0.01  # spread of logits, whose range is +-10 for a temperature of 0.1
+BACK = "Go back to an earlier checkpoint and lower optim.peak_lr"
 DEAD_SHARE = 0.1  # of the codes in the labels that a model at work predicts at least
 
 
@@ -122,15 +124,19 @@ def of_training(values: Mapping[str, float]) -> list[str]:
 
 
 def of_validation(values: Mapping[str, float]) -> list[str]:
-    """What is wrong with the use of codes over the whole validation set, by label set."""
+    """What is wrong with features and with the use of codes, over the whole validation set."""
     found = []
+    if values["feature_spread"] <= SAME_FEATURES:
+        found.append(
+            f"the features have collapsed: less than {SAME_FEATURES:.0%} of their size differs from"
+            f" frame to frame. {BACK}"
+        )
     for suffix in _label_sets(values, "codes_predicted"):
         predicted, labelled = values[f"codes_predicted{suffix}"], values[f"codes_labelled{suffix}"]
-        if values[f"logit_spread{suffix}"] <= SAME_FEATURES:
+        if values[f"logit_spread{suffix}"] <= SAME_LOGITS:
             found.append(
-                f"the features have collapsed: logits{suffix} vary by less than {SAME_FEATURES}"
-                " from frame to frame, so all frames look the same to the head. Go back to an"
-                " earlier checkpoint and lower optim.peak_lr"
+                f"the predictions have collapsed: logits{suffix} vary by less than {SAME_LOGITS}"
+                f" from frame to frame. {BACK}"
             )
         elif labelled > 1 and predicted <= 1:
             found.append(f"the model predicts one code{suffix} for all of the validation set")

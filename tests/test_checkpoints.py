@@ -77,6 +77,24 @@ def test_what_a_killed_run_was_removing_is_removed_by_its_own_rule(tmp_path):
         assert names(folder) == want
 
 
+@pytest.mark.parametrize("field", ["every", "keep_last", "kept"])
+def test_a_rule_that_was_edited_in_a_card_removes_no_checkpoint(tmp_path, field):
+    saved(tmp_path, steps=(1, 2), keep_last=2)
+    path = tmp_path / "2" / "card" / "metadata"
+    card = json.loads(path.read_text())
+    edits = {
+        "every": {"evary" if name == "every" else name: x for name, x in card["kept"].items()},
+        "keep_last": card["kept"] | {"keep_last": 0},
+        "kept": "2",
+    }
+    path.write_text(json.dumps(card | {"kept": edits[field]}))
+    again = checkpoints.Checkpoints(tmp_path, checkpoints.CheckpointConfig(1, 1, 0))
+    with pytest.raises(ValueError, match=r"/2: the checkpoint is damaged \(card: kept is"):
+        again.finish()
+    again.close()
+    assert names(tmp_path) == {"1", "2"}
+
+
 def test_a_card_that_is_not_of_the_training_is_refused_by_field(tmp_path):
     model, card = made(0)
     facts = {"model": card["model"], "head": card["head"]}

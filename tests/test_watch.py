@@ -170,7 +170,8 @@ def test_a_model_of_one_code_and_collapsed_features_are_told_from_a_new_model():
 
     new = values(made)
     assert not watch.of_training(new) and new["codes_labelled"] == 12
-    assert new["logit_spread"] > watch.SAME_FEATURES
+    assert new["logit_spread"] > watch.SAME_LOGITS
+    assert 0.1 < new["feature_spread"] < 1 and not watch.of_validation(new)
 
     constant = tiny.model(num_codes=(12,))  # whatever the audio, the bias alone
     constant.head.kernel[...] = jnp.zeros_like(constant.head.kernel[...])
@@ -178,10 +179,25 @@ def test_a_model_of_one_code_and_collapsed_features_are_told_from_a_new_model():
     got = values(constant)
     assert got["codes_predicted"] == 1 and got["logit_spread"] == pytest.approx(0.0, abs=1e-4)
     assert "predicts one code" in watch.of_training(got)[0]
-    assert "collapsed" in watch.of_validation(got)[0]
+    assert got["feature_spread"] > watch.SAME_FEATURES
+    (finding,) = watch.of_validation(got)
+    assert "the predictions have collapsed" in finding
     got["logit_spread"] = 1.0
     assert "one code" in watch.of_validation(got)[0]
     got |= {"codes_predicted": 3.0, "codes_labelled": 100.0}
     assert "dead" in watch.of_validation(got)[0]
     got["codes_predicted"] = 60.0
     assert not watch.of_validation(got)
+
+
+@pytest.mark.parametrize(("scale", "collapsed"), [(1e-3, True), (0.1, False)])
+def test_features_that_are_nearly_the_same_for_all_frames_have_collapsed(scale, collapsed):
+    """Of the audio the last norm lets this much through, beside a bias of 1."""
+    made = tiny.model(num_codes=(12,))
+    last = made.encoder.layers.ffn_norm
+    last.scale[...] = last.scale[...].at[-1].set(scale)
+    last.bias[...] = last.bias[...].at[-1].set(1.0)
+    sums, usages = jax.device_get(pretraining.evaluate(made, batch(), jax.random.key(0)))
+    got = train.means(train.sum_metrics([sums])) | watch.usage([usages])
+    assert 0.2 * scale < got["feature_spread"] < 1.1 * scale
+    assert collapsed == any("features have collapsed" in said for said in watch.of_validation(got))

@@ -13,13 +13,14 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from hubert_jax import watch
 from hubert_jax.doctor.findings import Finding, graded, look, ok
 
 TOLERANCE = 0.1  # of ln K, by which a loss may differ from the curve of the same recipe
 RISE = 0.1  # of the lowest loss, by which a loss may have risen again
 MAX_START = 1.5  # times ln K; untrained logits are not yet small
 TOO_GOOD = 0.9  # masked accuracy that is no prediction but a leak
-ONE_CODE = 1.5  # perplexity
+SPREAD = "validation/feature_spread"
 MAX_WAIT = 0.2  # of the time, spent waiting for batches
 
 
@@ -100,8 +101,11 @@ def of_metrics(config, lines: Sequence[Mapping[str, float]], num_codes: int) -> 
             "past the warm-up, the model knows no more than which code is frequent: lower"
             " optim.peak_lr; do the labels belong to the audio?",
             is_look=step > warm
-            and last["train/predicted_perplexity"] <= ONE_CODE < last["train/label_perplexity"] / 2,
+            and last["train/predicted_perplexity"]
+            <= watch.ONE_CODE
+            < last["train/label_perplexity"] / 2,
         ),
+        *_features(title, lines),
         _waiting(title, whole[1:] or whole, config.train.report_every),
         _beside(title, config, step, loss, num_codes),
     ]
@@ -117,6 +121,20 @@ def _skipped(title: str, rows: Sequence[Mapping[str, float]], every: int) -> Fin
         "the log names their utterances: leave those out, or lower optim.peak_lr",
         is_look=share > 0 or not math.isfinite(rows[-1]["train/masked_loss"]),
     )
+
+
+def _features(title: str, lines: Sequence[Mapping[str, float]]) -> list[Finding]:
+    """Of the newest validation; older runs did not measure it."""
+    spreads = [line[SPREAD] for line in lines if SPREAD in line]
+    return [
+        graded(
+            f"{title}: features",
+            f"{spread:.1%} of their size differs from frame to frame",
+            "they have collapsed: go back to an earlier checkpoint and lower optim.peak_lr",
+            is_look=spread <= watch.SAME_FEATURES,
+        )
+        for spread in spreads[-1:]
+    ]
 
 
 def _waiting(title: str, rows: Sequence[Mapping[str, float]], every: int) -> Finding:

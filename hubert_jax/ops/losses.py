@@ -76,3 +76,15 @@ def _perplexity(codes_BT, weights_BT, num_codes: int):
 def feature_penalty(features_BTC) -> jax.Array:
     """Mean of squares of the extractor's output, in float32."""
     return jnp.mean(jnp.square(features_BTC.astype(jnp.float32)))
+
+
+def spread(features_BTD, counts_BT) -> jax.Array:
+    """How far features are from their mean over the frames that count, as a share of their size.
+
+    0 where all are the same, at most 1; not a number where no frame counts.
+    """
+    x_BTD = features_BTD.astype(jnp.float32)
+    weights_BT1 = (counts_BT / jnp.sum(counts_BT))[..., None]
+    mean_D = jnp.sum(weights_BT1 * x_BTD, axis=(0, 1))
+    variance = jnp.sum(weights_BT1 * jnp.square(x_BTD - mean_D))
+    return jnp.sqrt(variance / jnp.sum(weights_BT1 * jnp.square(x_BTD)))

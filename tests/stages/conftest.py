@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A corpus in memory for the stages that read one."""
+"""A corpus in memory for the stages that read one, and a work directory for the doctor."""
 
 import numpy as np
 import pytest
 
 from hubert_jax.data.utterance import Intervals
+from tests.stages import doctor_project
 
 PHONES = ("a", "s", "sil")
 
@@ -71,3 +72,9 @@ def memory_corpus(monkeypatch) -> MemoryCorpus:
     for stage in (features, label):
         monkeypatch.setattr(stage, "Corpus", lambda folder: corpus)
     return corpus
+
+
+@pytest.fixture(scope="module")
+def clean(tmp_path_factory):
+    """(audio, work directory) of a run in the middle, in which all is well."""
+    return doctor_project.make(tmp_path_factory.mktemp("doctor"))
