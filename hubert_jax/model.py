@@ -6,8 +6,7 @@ NNX modules in tree form, that is, plain pytrees of parameters: jax.grad, jax.vm
 them as they are. Source: Hsu et al., 2021 (arXiv 2106.07447) and fairseq's HubertModel; every
 comment "reference" means the latter.
 
-B batch, S samples, T frames, C conv channels, D width, F feed-forward, H heads, K head width,
-L layers
+B batch, S samples, T frames, C conv channels, D width, F feed-forward, L layers
 """
 
 import dataclasses
@@ -17,6 +16,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from hubert_jax.attention import Attention
 from hubert_jax.layers import (
     Conv,
     GroupNorm,
@@ -264,7 +264,9 @@ class Block(nnx.Module):
         attention_key, key_in, key_out = jax.random.split(key, 3)
         width, ffn_width = config.width, config.ffn_width
         self.config = config
-        self.attention = Attention(config, key=attention_key)
+        self.attention = Attention(
+            width, config.num_heads, dropout=config.attention_dropout, key=attention_key
+        )
         self.attention_norm = LayerNorm(width)
         self.ffn_in = Linear(width, ffn_width, key=key_in, init=bert_normal, axes=("width", "ffn"))
         self.ffn_out = Linear(
@@ -291,55 +293,6 @@ class Block(nnx.Module):
             x_BTD = self.attention_norm(x_BTD + attend(x_BTD))
             x_BTD = self.ffn_norm(x_BTD + feed_forward(x_BTD))
         return constrain(x_BTD, "batch", "frames", "residual")
-
-
-class Attention(nnx.Module):
-    """Multi-head self-attention; heads come first, so that each is a plain matmul."""
-
-    def __init__(self, config: HubertConfig, *, key):
-        width, heads = config.width, config.num_heads
-        qkv_key, out_key = jax.random.split(key)
-        head_width = width // heads
-        self.dropout = config.attention_dropout
-        self.qkv = Linear(
-            width, (3, heads, head_width), key=qkv_key, init=bert_normal,
-            axes=("width", "frames", "heads", "code_width"),
-        )  # fmt: skip
-        self.out = Linear(
-            (heads, head_width), width, key=out_key, init=bert_normal,
-            axes=("heads", "code_width", "width"),
-        )  # fmt: skip
-
-    def __call__(self, x_BTD, valid_BT=None, *, key=None):
-        qkv = jnp.einsum("btd,dchk->btchk", x_BTD, self.qkv.kernel[...].astype(x_BTD.dtype))
-        qkv = (qkv + self.qkv.bias[...].astype(x_BTD.dtype)).transpose(2, 0, 3, 1, 4)
-        qkv = constrain(qkv, "frames", "batch", "heads", "frames", "code_width")
-        query_BHTK, key_BHTK, value_BHTK = qkv
-        if valid_BT is not None:
-            key_BHTK, value_BHTK, valid_BT = _whole_blocks(key_BHTK, value_BHTK, valid_BT)
-        query_BHTK = query_BHTK * (query_BHTK.shape[-1] ** -0.5)
-        logits_BHTT = jnp.einsum(
-            "bhqk,bhtk->bhqt", query_BHTK, key_BHTK, preferred_element_type=jnp.float32
-        )
-        if valid_BT is not None:
-            logits_BHTT = jnp.where(valid_BT[:, None, None, :], logits_BHTT, -1e30)
-        weights_BHTT = jax.nn.softmax(logits_BHTT, axis=-1).astype(x_BTD.dtype)
-        weights_BHTT = dropout(weights_BHTT, self.dropout, key)
-        mixed_BHTK = jnp.einsum("bhqt,bhtk->bhqk", weights_BHTT, value_BHTK)
-        out_BTD = jnp.einsum("bhtk,hkd->btd", mixed_BHTK, self.out.kernel[...].astype(x_BTD.dtype))
-        return out_BTD + self.out.bias[...].astype(x_BTD.dtype)
-
-
-def _whole_blocks(key_BHTK, value_BHTK, valid_BT, block: int = 64):
-    """With frames that are not valid, up to a multiple of `block`.
-
-    XLA on CPU sums a product over the head's width in an order that depends on how many keys there
-    are; not so for multiples of 64. So padding changes no bit of an utterance's features.
-    """
-    missing = -valid_BT.shape[1] % block
-    around = ((0, 0), (0, 0), (0, missing), (0, 0))
-    valid_BT = jnp.pad(valid_BT, ((0, 0), (0, missing)))
-    return jnp.pad(key_BHTK, around), jnp.pad(value_BHTK, around), valid_BT
 
 
 def _unstack(tree, num: int) -> list:

@@ -21,6 +21,7 @@ FLOORS = (
     (
         "layers",
         "positions",
+        "attention",
         "model",
         "heads",
         "pretraining",

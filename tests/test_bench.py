@@ -16,6 +16,7 @@ from etils import epath
 
 from hubert_jax import config_files
 from hubert_jax.bench import (
+    clustering,
     counts,
     machine,
     memory,
@@ -197,10 +198,7 @@ def test_everybody_makes_the_same_full_pass():
     centers_CD = rows_ND[:7].copy()
     means: dict[str, list[np.ndarray]] = {}
     shards = [rows_ND[:1500], rows_ND[1500:]]
-    contenders = [
-        ours.full_pass(shards, centers_CD, means),
-        *peers.full_pass(shards, centers_CD, means),
-    ]
+    contenders = clustering.full_passes(shards, centers_CD, means)
     for contender in contenders:
         contender.prepare()()
     codes_N = np.argmin(np.square(rows_ND[:, None] - centers_CD).sum(axis=2), axis=1)
@@ -208,7 +206,7 @@ def test_everybody_makes_the_same_full_pass():
     assert set(means) == {contender.name for contender in contenders}
     for (got_CD,) in means.values():
         np.testing.assert_allclose(got_CD, want_CD, atol=1e-5)
-    assert ours.inertia(rows_ND, want_CD) < ours.inertia(rows_ND, centers_CD)
+    assert clustering.inertia(rows_ND, want_CD) < clustering.inertia(rows_ND, centers_CD)
 
 
 def test_seedings_are_rows_drawn_anew_far_from_each_other():
@@ -217,7 +215,7 @@ def test_seedings_are_rows_drawn_anew_far_from_each_other():
     heaps_CD = 100 * rng.standard_normal((6, 4), np.float32)
     rows_ND = np.repeat(heaps_CD, 50, axis=0) + rng.standard_normal((300, 4), np.float32)
     found: dict[str, list[np.ndarray]] = {}
-    contenders = [ours.seeding(rows_ND, 6, found), *peers.seeding(rows_ND, 6, found)]
+    contenders = clustering.seedings(rows_ND, 6, found)
     for contender in contenders:
         work = contender.prepare()
         work(), work()
@@ -226,7 +224,7 @@ def test_seedings_are_rows_drawn_anew_far_from_each_other():
         assert not np.array_equal(first_CD, second_CD)
         for centers_CD in (first_CD, second_CD):
             assert {tuple(row) for row in centers_CD} <= {tuple(row) for row in rows_ND}
-            assert ours.inertia(rows_ND, centers_CD) < 50
+            assert clustering.inertia(rows_ND, centers_CD) < 50
 
 
 def test_kmeans_is_timed_whole_and_in_parts(monkeypatch, tmp_path):
@@ -244,11 +242,11 @@ def test_kmeans_is_timed_whole_and_in_parts(monkeypatch, tmp_path):
 
 
 def test_only_picks_the_parts_of_kmeans_that_its_contender_has(monkeypatch, tmp_path):
-    def seeding(rows_ND, num_codes, found):
+    def seedings(rows_ND, num_codes, found):
         return [timing.Contender("peer", lambda: lambda: found.update(peer=[rows_ND[:5]]))]
 
     monkeypatch.setattr(peers, "installed", lambda *packages: False)
-    monkeypatch.setattr(peers, "seeding", seeding)
+    monkeypatch.setattr(clustering, "seedings", seedings)
     command = ["kmeans", "--config=configs/demo.py", "--rounds=1", "--frames=600"]
     command += ["--codebooks=3x5", f"--out={tmp_path / 'one.json'}"]
     with pytest.raises(ValueError, match="--only=nobody: nobody is called that in kmeans"):

@@ -150,6 +150,29 @@ def test_reports_cover_every_step_once_and_one_step_late(trained):
     assert [sums["gradient_norm"][1] for _, sums in seen] == [1, 2, 2]
 
 
+class Pending:
+    """A number that a device still computes: whoever reads it waits for the device."""
+
+    def __init__(self, step: int, log: list):
+        self.step, self.log = step, log
+
+    def __array__(self, *_, **__):
+        self.log.append(("read", self.step))
+        return np.float32(1)
+
+
+def test_a_number_is_read_once_and_only_when_the_next_step_is_on_its_way():
+    log: list = []
+
+    def step(state, batch, key):
+        log.append(("sent", state.step + 1))
+        return state._replace(step=state.step + 1), {"loss": (Pending(state.step + 1, log), 1.0)}
+
+    fit(train.State(0, None, None), step, 0, 10, report_every=4)
+    sent, read = ([(what, n) for n in range(1, 11)] for what in ("sent", "read"))
+    assert log == [*sent[:4], *read[:3], *sent[4:8], *read[3:7], *sent[8:], *read[7:]]
+
+
 def test_a_signal_saves_and_stops(trained):
     make, step = trained
     saved, seen = [], []

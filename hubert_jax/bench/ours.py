@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """What is ours in the bench: each function gives a contender, whose work ends when it returns.
 
-B batch, S samples, T frames, N rows, D width, C codes
+B batch, S samples, T frames, D width, C codes
 """
 
 import functools
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
@@ -17,10 +17,9 @@ from hubert_jax import optim, pretraining, sharding, train
 from hubert_jax.bench.timing import Contender, Work
 from hubert_jax.heads import HeadConfig, Hubert
 from hubert_jax.model import Encoder, HubertConfig
-from hubert_jax.ops import frames, kmeans, losses, mfcc, plus_plus, rows
+from hubert_jax.ops import frames, losses, mfcc
 
 NAME = "hubert_jax"
-SHARD_ROWS = 500_000  # of generated features; where there are more, they are float16
 
 
 def training(
@@ -85,68 +84,6 @@ def extraction(config: HubertConfig, wave_BS, *, layer: int) -> Contender:
         encoder = jax.jit(lambda key: Encoder(config, key=key))(jax.random.key(0)).apart()
         compute = jax.jit(lambda encoder, wave_BS: encoder.features(wave_BS, layer=layer))
         return lambda: np.asarray(compute(encoder, wave_BS))
-
-    return Contender(NAME, prepare)
-
-
-def fit(
-    shards: Sequence[np.ndarray], config: kmeans.KMeansConfig, centers: dict[str, list[np.ndarray]]
-) -> Contender:
-    """A codebook, which goes into `centers`."""
-    mesh = sharding.make_mesh(data=-1, fsdp=1, tensor=1)
-
-    def work():
-        found = kmeans.fit(shards, config, seed=0, sharding=sharding.batch_sharding(mesh))
-        centers[NAME] = [found.centers_CD]
-
-    return Contender(NAME, lambda: work)
-
-
-def seeding(rows_ND, num_codes: int, found: dict[str, list[np.ndarray]]) -> Contender:
-    """One restart of k-means++ over all these rows; every call draws anew and adds to `found`."""
-
-    def prepare() -> Work:
-        random, drawn = np.random.default_rng(0), found.setdefault(NAME, [])
-        return lambda: drawn.append(seeds(rows_ND, num_codes, random))
-
-    return Contender(NAME, prepare, f"{plus_plus.num_candidates(num_codes)} candidates a centre")
-
-
-def seeds(rows_ND, num_codes: int, random: np.random.Generator) -> np.ndarray:
-    uniform_C1L = plus_plus.draws(random, num_codes=num_codes, num_restarts=1)
-    return np.asarray(jax.jit(plus_plus.seed)(rows_ND, uniform_C1L)[0])
-
-
-def full_pass(
-    shards: Sequence[np.ndarray], centers_CD, means: dict[str, list[np.ndarray]]
-) -> Contender:
-    """One of Lloyd's, with the inertia of the centres given; the new ones go into `means`."""
-
-    def prepare() -> Work:
-        mesh = sharding.make_mesh(data=-1, fsdp=1, tensor=1)
-        reader = rows.Reader(shards, sharding.batch_sharding(mesh))
-
-        def work():
-            placed_CD = reader.replicate(centers_CD)
-            with kmeans._no_bar("", None) as bar:
-                sums = kmeans._full_pass(reader, placed_CD, bar=bar)
-            means[NAME] = [np.asarray(kmeans._means(sums, placed_CD))]
-
-        return work
-
-    return Contender(NAME, prepare)
-
-
-def inertia(features_ND, centers_CD) -> float:
-    """Mean squared distance of a row to its nearest centre, in float64 from float32 distances."""
-    codes_N = np.asarray(jax.jit(kmeans.assign)(features_ND, centers_CD))
-    return float(np.mean(np.sum(np.square(features_ND - centers_CD[codes_N], dtype=float), axis=1)))
-
-
-def assignment(features_ND, centers_CD) -> Contender:
-    def prepare() -> Work:
-        assign = jax.jit(kmeans.assign)
-        return lambda: np.asarray(assign(features_ND, centers_CD))
 
     return Contender(NAME, prepare)
 
@@ -271,28 +208,3 @@ def audio(rows: int, seconds: float, num_codes: int) -> tuple[np.ndarray, np.nda
     length = num_samples(seconds)
     wave_BS = rng.normal(size=(rows, length)).astype(np.float32)
     return wave_BS, rng.integers(num_codes, size=(rows, frames.num_frames(length)))
-
-
-def clustered(num_rows: int, width: int, num_codes: int) -> list[np.ndarray]:
-    """Shards of rows around three times as many centres as are asked for, of unequal sizes.
-
-    One shard is drawn by numpy, the same everywhere; more are drawn on the device, in seconds.
-    """
-    rng = np.random.default_rng(0)
-    centers_CD = 2 * rng.standard_normal((3 * num_codes, width), np.float32)
-    shares_C = rng.dirichlet(np.full(len(centers_CD), 0.5))
-    if num_rows <= SHARD_ROWS:
-        noise_ND = rng.standard_normal((num_rows, width), np.float32)
-        return [centers_CD[rng.choice(len(centers_CD), num_rows, p=shares_C)] + noise_ND]
-
-    @functools.partial(jax.jit, static_argnums=1)
-    def around(codes_N, num_rows, key):
-        noise_ND = jax.random.normal(key, (num_rows, width))
-        return (jnp.asarray(centers_CD)[codes_N] + noise_ND).astype(jnp.float16)
-
-    shards = []
-    for first in range(0, num_rows, SHARD_ROWS):
-        size = min(SHARD_ROWS, num_rows - first)
-        codes_N = rng.choice(len(centers_CD), size, p=shares_C)
-        shards.append(np.asarray(around(codes_N, size, jax.random.key(first))))
-    return shards

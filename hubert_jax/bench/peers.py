@@ -2,13 +2,12 @@
 """The peers in the bench, each as fast as it is made: scaled-dot-product attention, a fused AdamW,
 logits as one matmul where the loss is ours. What is not installed is left out.
 
-B batch, S samples, T frames, N rows, D width, C codes, M masked frames
+B batch, S samples, T frames, D width, C codes, M masked frames
 """
 
 import functools
 import importlib.util
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -234,112 +233,6 @@ def _torchaudio_layer(
             return compute(wave, num_layers=layer)[0][-1].float().cpu().numpy()
 
     return work
-
-
-def fit(
-    shards: Sequence[np.ndarray],
-    num_codes: int,
-    centers: dict[str, list[np.ndarray]],
-    *,
-    n_init: int,
-) -> list[Contender]:
-    """scikit-learn's MiniBatchKMeans with the reference's arguments but for n_init."""
-    if not installed("sklearn"):
-        return []
-    name = f"scikit-learn, n_init {n_init}"
-
-    def prepare() -> Work:
-        from sklearn.cluster import MiniBatchKMeans
-
-        features_ND = np.concatenate(shards)
-
-        def work():
-            model = MiniBatchKMeans(
-                n_clusters=num_codes, init="k-means++", max_iter=100, batch_size=10_000, tol=0.0,
-                max_no_improvement=100, n_init=n_init, reassignment_ratio=0.0, random_state=0,
-                compute_labels=False,
-            )  # fmt: skip
-            model.fit(features_ND)
-            centers[name] = [model.cluster_centers_]
-
-        return work
-
-    return [Contender(name, prepare)]
-
-
-def seeding(rows_ND, num_codes: int, found: dict[str, list[np.ndarray]]) -> list[Contender]:
-    """scikit-learn's k-means++; of candidates it tries 2 + ln(C), not log2 as ours."""
-    if not installed("sklearn"):
-        return []
-
-    def prepare() -> Work:
-        from sklearn.cluster import kmeans_plusplus
-
-        random, drawn = np.random.RandomState(0), found.setdefault("scikit-learn", [])
-        return lambda: drawn.append(kmeans_plusplus(rows_ND, num_codes, random_state=random)[0])
-
-    note = f"{2 + int(math.log(num_codes))} candidates a centre"
-    return [Contender("scikit-learn", prepare, note)]
-
-
-def full_pass(
-    shards: Sequence[np.ndarray], centers_CD, means: dict[str, list[np.ndarray]]
-) -> list[Contender]:
-    """Fits of one pass from given centres, on all rows."""
-
-    def of_sklearn() -> Work:
-        from sklearn.cluster import KMeans
-
-        rows_ND = _float32(shards)
-
-        def work():
-            model = KMeans(
-                len(centers_CD), init=centers_CD, n_init=1, max_iter=1, algorithm="lloyd"
-            )
-            means["scikit-learn"] = [model.fit(rows_ND).cluster_centers_]
-
-        return work
-
-    def of_faiss() -> Work:
-        import faiss
-
-        rows_ND = _float32(shards)
-
-        def work():
-            model = faiss.Kmeans(
-                *centers_CD.shape[::-1], niter=1, max_points_per_centroid=len(rows_ND)
-            )
-            model.train(rows_ND, init_centroids=centers_CD)
-            means["faiss"] = [np.asarray(model.centroids)]
-
-        return work
-
-    contenders = []
-    if installed("sklearn"):
-        note = "with the mean taken off before and a second assignment after"
-        contenders.append(Contender("scikit-learn", of_sklearn, note))
-    if installed("faiss"):
-        contenders.append(Contender("faiss", of_faiss))
-    return contenders
-
-
-def _float32(shards: Sequence[np.ndarray]) -> np.ndarray:
-    return np.concatenate(shards, dtype=np.float32)
-
-
-def assignment(features_ND, centers_CD) -> list[Contender]:
-    """faiss' exact search of the nearest centre."""
-    if not installed("faiss"):
-        return []
-
-    def prepare() -> Work:
-        import faiss
-
-        index = faiss.IndexFlatL2(centers_CD.shape[1])
-        index.add(centers_CD)
-        return lambda: index.search(features_ND, 1)
-
-    return [Contender("faiss", prepare)]
 
 
 def mfccs(wave_S) -> list[Contender]:

@@ -11,6 +11,7 @@ from hubert_jax import logs
 
 Work = Callable[[], object]  # done once, and over when it returns
 
+WARM_UPS = 2  # calls of everybody before the first that is timed
 SHORTEST_TURN = 0.2  # seconds; a work that takes less is repeated
 
 

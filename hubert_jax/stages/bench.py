@@ -27,15 +27,26 @@ import jax
 import numpy as np
 from etils import epath
 
-from hubert_jax import config_files, logs
-from hubert_jax.bench import counts, memory, ours, peers, pipeline, runs, saving, table, timing
+from hubert_jax import config_files, locks, logs
+from hubert_jax.bench import (
+    clustering,
+    counts,
+    memory,
+    ours,
+    peers,
+    pipeline,
+    runs,
+    saving,
+    table,
+    timing,
+)
 from hubert_jax.bench.table import Row
-from hubert_jax.bench.timing import Contender, Timing
+from hubert_jax.bench.timing import WARM_UPS, Contender, Timing
 from hubert_jax.data import arrays, batches
 from hubert_jax.data.corpus import Corpus
 from hubert_jax.heads import HeadConfig
 from hubert_jax.model import HubertConfig
-from hubert_jax.ops import kmeans
+from hubert_jax.ops.kmeans import KMeansConfig
 from hubert_jax.optim import OptimConfig
 
 MFCC_SECONDS = 60.0
@@ -192,74 +203,22 @@ def extraction(config: Any, args: argparse.Namespace) -> list[Row]:
     return rows
 
 
-def clustering(config: Any, args: argparse.Namespace) -> list[Row]:
-    """A whole fit, and its parts: seeding, a full pass from such seeds, assignment."""
-    settings = kmeans.KMeansConfig(**config.kmeans)
+def kmeans(config: Any, args: argparse.Namespace) -> list[Row]:
+    """A whole fit, and its parts."""
     rows = []
     for size in args.codebooks.split(","):
         width, num_codes = map(int, size.split("x"))
-        shards = ours.clustered(args.frames, width, num_codes)
-        features_ND = shards[0]  # for the inertia as well: of ten million rows it takes a minute
-        num_seeding = max(kmeans.SEEDING_ROWS, 32 * num_codes)  # of a restart, as in a fit
-        part_ND = features_ND[:num_seeding].astype(np.float32)
-
-        centers: dict[str, list[np.ndarray]] = {}
-        fitted = kmeans.KMeansConfig(**(vars(settings) | {"num_codes": num_codes}))
-        contenders = [ours.fit(shards, fitted, centers)]
-        contenders += peers.fit(shards, num_codes, centers, n_init=args.n_init)
-        if asked_for(contenders, args):
-            work = f"k-means, {args.frames} x {width}, K {num_codes}"
-            timings = timed(work, contenders, args)
-            rows += table.rows(work, timings, notes=_inertias(features_ND, centers))
-
-        seeds: dict[str, list[np.ndarray]] = {}
-        contenders = [
-            ours.seeding(part_ND, num_codes, seeds),
-            *peers.seeding(part_ND, num_codes, seeds),
-        ]
-        if asked_for(contenders, args):
-            work = f"seeding, {len(part_ND)} x {width}, K {num_codes}"
-            timings = timed(work, contenders, args)
-            count = 2 + args.rounds  # which everybody has drawn at least
-            notes = _inertias(part_ND, {name: drawn[:count] for name, drawn in seeds.items()})
-            rows += table.rows(work, timings, notes=notes)
-        first_CD = ours.seeds(part_ND, num_codes, np.random.default_rng(0))
-
-        means: dict[str, list[np.ndarray]] = {}
-        contenders = [
-            ours.full_pass(shards, first_CD, means),
-            *peers.full_pass(shards, first_CD, means),
-        ]
-        if asked_for(contenders, args):
-            work = f"full pass, {args.frames} x {width}, K {num_codes}"
-            timings = timed(work, contenders, args)
-            notes = _inertias(features_ND, means)
-            rows += table.rows(work, timings, _millions(args.frames), notes=notes)
-
-        nearest_CD = centers.get(ours.NAME, [first_CD])[0]
-        contenders = [
-            ours.assignment(features_ND, nearest_CD),
-            *peers.assignment(features_ND, nearest_CD),
-        ]
-        if asked_for(contenders, args):
-            work = f"assignment, {len(features_ND)} x {width}, K {num_codes}"
-            timings = timed(work, contenders, args)
-            rows += table.rows(work, timings, _millions(len(features_ND)))
+        settings = KMeansConfig(**(config.kmeans.to_dict() | {"num_codes": num_codes}))
+        for piece in clustering.pieces(
+            settings, num_rows=args.frames, width=width, n_init=args.n_init
+        ):
+            if not asked_for(piece.contenders, args):
+                continue
+            work = f"{piece.name}, {piece.num_rows} x {width}, K {num_codes}"
+            timings = timed(work, piece.contenders, args)
+            notes = piece.inertias(WARM_UPS + args.rounds)  # centres that all have drawn
+            rows += table.rows(work, timings, piece.rate, notes=notes)
     return rows
-
-
-def _inertias(features_ND, found: dict[str, list[np.ndarray]]) -> dict[str, str]:
-    """A note for each name: the inertia of its centres, the mean of them if there are several."""
-    notes = {}
-    for name, centers in found.items():
-        several = f", mean of {len(centers)}" if len(centers) > 1 else ""
-        inertia = np.mean([ours.inertia(features_ND, centers_CD) for centers_CD in centers])
-        notes[name] = f"inertia {inertia:.2f}{several}"
-    return notes
-
-
-def _millions(num_frames: int) -> Callable[[float], str]:
-    return lambda seconds: f"{num_frames / seconds / 1e6:.2f} M frames/s"
 
 
 def mfcc(config: Any, args: argparse.Namespace) -> list[Row]:
@@ -279,7 +238,8 @@ def input_(config: Any, args: argparse.Namespace) -> list[Row]:
         workdir = args.workdir or epath.Path(folder)
         if not (workdir / "corpus" / "card.json").exists():
             logs.info(f"input: makes a corpus in {workdir}")
-            pipeline.make_work(workdir, utterances=INPUT_SPLITS, num_codes=100)
+            with locks.held(workdir, "hubert bench input"):
+                pipeline.make_work(workdir, utterances=INPUT_SPLITS, num_codes=100)
         split = Corpus(workdir / "corpus").split("train")
         labels = [arrays.Store(workdir / pipeline.LABELS / "train")]
         for num_threads in sorted({1, cores}):
@@ -362,7 +322,7 @@ def breakdown(config: Any, args: argparse.Namespace) -> list[Row]:
 WORK: dict[str, Callable[[Any, argparse.Namespace], list[Row]]] = {
     "training": training,
     "extraction": extraction,
-    "kmeans": clustering,
+    "kmeans": kmeans,
     "mfcc": mfcc,
     "input": input_,
     "start": start,

@@ -58,6 +58,8 @@ class Ran(NamedTuple):
 class Project:
     """BASE/work, made and unmade; BASE/before/STAGE, what it was before each stage."""
 
+    num_processes = 1
+
     def __init__(self, base: pathlib.Path, *, stages: Sequence[str] = (), xla_flags: str = ""):
         self.base, self.work = base, base / "work"
         self.stages = {
@@ -77,6 +79,10 @@ class Project:
             "CHAOS_SHARD_SECONDS": SHARD_SECONDS,
             "CHAOS_FOLDER": str(self.work),
         }
+
+    def notes(self) -> list[str]:
+        """What is said below the table."""
+        return []
 
     def make_reference(self) -> None:
         """Runs all stages once. Raises RuntimeError where one fails."""

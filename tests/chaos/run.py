@@ -45,7 +45,7 @@ class Chaos:
     def once(self) -> Iterator[Trial]:
         """What is tried once, or once for each stage. With several processes: nothing."""
         project, rng = self.project, self.rng
-        if isinstance(project, SeveralProcesses):
+        if project.num_processes > 1:
             return
 
         def trial(fault: str, what: str, function: Callable, *args) -> Trial:
@@ -58,7 +58,9 @@ class Chaos:
             what = f"{edit[1]}: {edit[2]}"
             yield trial("a card edited by hand", what, folders.edited, project, *edit)
         for stage in ("pretrain", "features of a layer", "export units"):
-            yield trial("cards of 0.1.0", stage, folders.of_before, project, stage)
+            yield trial(
+                "cards without what 0.1.0 had not", stage, folders.of_before, project, stage
+            )
         for stage, name in folders.CARDS:
             yield trial("a card of a later format", name, folders.of_later, project, stage, name)
         for what in ("killed", "cut short", "emptied"):
@@ -166,15 +168,10 @@ def main() -> None:
         counts, lost = run(chaos, seconds=seconds, only=args.only)
     shutil.rmtree(base)
     print(table(counts))
-    print("\n".join(["", *chaos.notes]))
+    print("\n".join(["", *chaos.notes, *project.notes()]))
     if not has_disk and args.processes == 1:
         print("no full and read-only disks: a tmpfs cannot be mounted here (root can)")
     minutes = (time.monotonic() - started) / 60
-    if isinstance(project, SeveralProcesses):
-        print(
-            f"{args.processes} processes; after the kill of one alone the others ended within"
-            f" {project.longest:.1f} s"
-        )
     print(f"seed {args.seed}, {time.strftime('%Y-%m-%d')}, {minutes:.0f} minutes")
     print("\n\n".join(lost))
     sys.exit(1 if lost else 0)

@@ -36,6 +36,12 @@ class SeveralProcesses(Project):
         self.changes_of: dict[str, list[list[Change]]] = {}  # by stage and process
         self.longest = 0.0  # seconds between the kill of one alone and the end of the others
 
+    def notes(self) -> list[str]:
+        return [
+            f"{self.num_processes} processes; after the kill of one alone the others ended within"
+            f" {self.longest:.1f} s"
+        ]
+
     def run(self, stage: str, *more: str, CHAOS_KILL: str = "", **environment: str) -> Ran:
         which, _, moment = CHAOS_KILL.removesuffix("/alone").partition("/")
         environment |= {

@@ -1,0 +1,109 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Self-attention; `implementation` is the one place that chooses how a platform computes it.
+
+B batch, T frames, D width, H heads, K head width, C query, key and value
+"""
+
+import functools
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from hubert_jax.layers import Linear, bert_normal, dropout
+from hubert_jax.sharding import constrain
+
+FLASH_CAPABILITY = 8.0  # of NVIDIA GPUs, from which cuDNN has it: Ampere
+
+
+def implementation(dtype, *, has_dropout: bool) -> str:
+    """Either "plain", two products and a softmax, or "flash", cuDNN's without weights of T x T.
+
+    Plain on CPUs and TPUs, in float32, and where weights are dropped, which JAX's interface to
+    cuDNN does not do.
+    """
+    if has_dropout or jnp.dtype(dtype) != jnp.bfloat16 or jax.default_backend() != "gpu":
+        return "plain"
+    capability = getattr(jax.local_devices()[0], "compute_capability", "")
+    return "flash" if _number(capability) >= FLASH_CAPABILITY else "plain"
+
+
+def _number(capability: str) -> float:
+    """Of "9.0"; 0 of what AMD's GPUs say, such as "gfx942"."""
+    try:
+        return float(capability)
+    except ValueError:
+        return 0.0
+
+
+class Attention(nnx.Module):
+    """Multi-head self-attention; heads come first, so that each is a plain matmul."""
+
+    def __init__(self, width: int, num_heads: int, *, dropout: float, key):
+        qkv_key, out_key = jax.random.split(key)
+        head_width = width // num_heads
+        self.dropout = dropout
+        self.qkv = Linear(
+            width, (3, num_heads, head_width), key=qkv_key, init=bert_normal,
+            axes=("width", "frames", "heads", "code_width"),
+        )  # fmt: skip
+        self.out = Linear(
+            (num_heads, head_width), width, key=out_key, init=bert_normal,
+            axes=("heads", "code_width", "width"),
+        )  # fmt: skip
+
+    def __call__(self, x_BTD, valid_BT=None, *, key=None):
+        """Frames that are not in `valid_BT` come last, and none sees them. `key` drops weights."""
+        qkv = jnp.einsum("btd,dchk->btchk", x_BTD, self.qkv.kernel[...].astype(x_BTD.dtype))
+        qkv = (qkv + self.qkv.bias[...].astype(x_BTD.dtype)).transpose(2, 0, 3, 1, 4)
+        qkv = constrain(qkv, "frames", "batch", "heads", "frames", "code_width")
+        query_BHTK, key_BHTK, value_BHTK = qkv
+        has_dropout = key is not None and self.dropout > 0
+        if implementation(x_BTD.dtype, has_dropout=has_dropout) == "flash":
+            mixed_BHTK = flash(query_BHTK, key_BHTK, value_BHTK, valid_BT)
+        else:
+            drop = functools.partial(dropout, rate=self.dropout, key=key)
+            mixed_BHTK = plain(query_BHTK, key_BHTK, value_BHTK, valid_BT, drop=drop)
+        out_BTD = jnp.einsum("bhtk,hkd->btd", mixed_BHTK, self.out.kernel[...].astype(x_BTD.dtype))
+        return out_BTD + self.out.bias[...].astype(x_BTD.dtype)
+
+
+def plain(
+    query_BHTK, key_BHTK, value_BHTK, valid_BT=None, *, drop=lambda weights_BHTT: weights_BHTT
+):
+    """The values of all frames, weighted for each; the softmax in float32."""
+    if valid_BT is not None:
+        key_BHTK, value_BHTK, valid_BT = _whole_blocks(key_BHTK, value_BHTK, valid_BT)
+    query_BHTK = query_BHTK * (query_BHTK.shape[-1] ** -0.5)
+    logits_BHTT = jnp.einsum(
+        "bhqk,bhtk->bhqt", query_BHTK, key_BHTK, preferred_element_type=jnp.float32
+    )
+    if valid_BT is not None:
+        logits_BHTT = jnp.where(valid_BT[:, None, None, :], logits_BHTT, -1e30)
+    weights_BHTT = drop(jax.nn.softmax(logits_BHTT, axis=-1).astype(query_BHTK.dtype))
+    return jnp.einsum("bhqt,bhtk->bhqk", weights_BHTT, value_BHTK)
+
+
+def flash(
+    query_BHTK, key_BHTK, value_BHTK, valid_BT=None, *, by: Literal["cudnn", "xla"] = "cudnn"
+):
+    """The same by one of the implementations of `jax.nn.dot_product_attention`."""
+    query, key, value = (x_BHTK.swapaxes(1, 2) for x_BHTK in (query_BHTK, key_BHTK, value_BHTK))
+    lengths_B = None if valid_BT is None else jnp.sum(valid_BT, axis=1, dtype=jnp.int32)
+    mixed_BTHK = jax.nn.dot_product_attention(
+        query, key, value, key_value_seq_lengths=lengths_B, implementation=by
+    )
+    return mixed_BTHK.swapaxes(1, 2)
+
+
+def _whole_blocks(key_BHTK, value_BHTK, valid_BT, block: int = 64):
+    """With frames that are not valid, up to a multiple of `block`.
+
+    XLA on CPU sums a product over the head's width in an order that depends on how many keys there
+    are; not so for multiples of 64. So padding changes no bit of an utterance's features.
+    """
+    missing = -valid_BT.shape[1] % block
+    around = ((0, 0), (0, 0), (0, missing), (0, 0))
+    valid_BT = jnp.pad(valid_BT, ((0, 0), (0, missing)))
+    return jnp.pad(key_BHTK, around), jnp.pad(value_BHTK, around), valid_BT

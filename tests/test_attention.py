@@ -1,0 +1,94 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which attention a platform gets, and that all of them are the same attention."""
+
+import re
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from hubert_jax import attention
+from tests import tiny
+
+NUM_FRAMES = 50
+LENGTHS = np.array([50, 31, 1])
+
+
+def heads(dtype=jnp.float32):
+    """Query, key and value of three rows, (3, 4, 50, 16) each."""
+    shape = (len(LENGTHS), 4, NUM_FRAMES, 16)
+    return [jax.random.normal(key, shape, dtype) for key in jax.random.split(jax.random.key(0), 3)]
+
+
+def valid(lengths=LENGTHS):
+    return np.arange(NUM_FRAMES) < lengths[:, None]
+
+
+@pytest.mark.parametrize("valid_BT", [None, valid()], ids=["whole", "padded"])
+def test_what_flash_is_asked_for_is_the_plain_attention(valid_BT):
+    """JAX's own XLA form stands in for cuDNN's: layouts, scale, lengths and gradients."""
+
+    def value_and_gradient(attend):
+        def total(qkv):
+            mixed_BHTK = attend(*qkv, valid_BT)
+            return jnp.sum(jnp.sin(mixed_BHTK)), mixed_BHTK
+
+        (_, mixed_BHTK), gradients = jax.value_and_grad(total, has_aux=True)(heads())
+        return mixed_BHTK, gradients
+
+    want = value_and_gradient(attention.plain)
+    got = value_and_gradient(lambda *arrays: attention.flash(*arrays, by="xla"))
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-6)
+
+
+def device(capability: str):
+    return [types.SimpleNamespace(compute_capability=capability)]
+
+
+@pytest.mark.parametrize(
+    ("backend", "capability", "dtype", "has_dropout", "want"),
+    [
+        ("gpu", "9.0", "bfloat16", False, "flash"),
+        ("gpu", "8.0", "bfloat16", False, "flash"),
+        ("gpu", "10.3", "bfloat16", False, "flash"),
+        ("gpu", "9.0", "bfloat16", True, "plain"),
+        ("gpu", "9.0", "float32", False, "plain"),
+        ("gpu", "7.5", "bfloat16", False, "plain"),
+        ("gpu", "gfx942", "bfloat16", False, "plain"),
+        ("tpu", "", "bfloat16", False, "plain"),
+        ("cpu", "", "bfloat16", False, "plain"),
+    ],
+)
+def test_flash_is_for_gpus_that_have_it(backend, capability, dtype, has_dropout, want, monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    monkeypatch.setattr(jax, "local_devices", lambda: device(capability))
+    assert attention.implementation(jnp.dtype(dtype), has_dropout=has_dropout) == want
+
+
+@pytest.mark.parametrize("valid_BT", [None, valid()], ids=["whole", "padded"])
+def test_on_a_gpu_a_layer_becomes_one_call_of_cudnn_each_way(valid_BT, monkeypatch):
+    """Lowered for CUDA here, where it cannot run; nothing of T x T is left in the program."""
+    cudnn = types.SimpleNamespace(cudnn_get_version=lambda: 91_000)
+    monkeypatch.setattr("jax._src.cudnn.fused_attention_stablehlo.cuda_versions", cudnn)
+    block = tiny.model().encoder.layers
+    layer = jax.tree.map(lambda array_L: array_L[0], block.attention)
+    x_BTD = jnp.ones((len(LENGTHS), NUM_FRAMES, tiny.BASE.width), jnp.bfloat16)
+
+    def program() -> str:
+        def total(layer, x_BTD):
+            return jnp.sum(layer(x_BTD, valid_BT).astype(jnp.float32))
+
+        traced = jax.jit(jax.grad(total, argnums=(0, 1))).trace(layer, x_BTD)
+        return traced.lower(lowering_platforms=("cuda",)).as_text()
+
+    num_keys = NUM_FRAMES if valid_BT is None else 64  # in whole blocks
+    weights = f"{NUM_FRAMES}x{num_keys}x"
+    assert weights in program() and "cudnn" not in program()
+    monkeypatch.setattr(attention, "implementation", lambda dtype, *, has_dropout: "flash")
+    text = program()
+    calls = set(re.findall(r"__cudnn\$\w+", text))
+    assert calls == {"__cudnn$fmhaSoftmax", "__cudnn$fmhaSoftmaxBackward"}
+    assert weights not in text and f"{NUM_FRAMES}x{NUM_FRAMES}x" not in text
