@@ -35,6 +35,12 @@ class CheckpointConfig:
     keep_last: int  # how many of the newest stay
     keep_every: int  # checkpoints of steps divisible by this stay for ever; 0: none
 
+    def __post_init__(self):
+        for name, least in {"every": 1, "keep_last": 1, "keep_every": 0}.items():
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < least:
+                raise ValueError(f"checkpoints.{name} is {value!r}: an integer from {least} on")
+
 
 class Checkpoints:
     """The checkpoints of one run: saved asynchronously, restored onto any mesh."""
@@ -137,15 +143,13 @@ def enough_space(folder: epath.Path) -> Iterator[None]:
 
 def _rule(step: epath.Path, kept: Any) -> CheckpointConfig:
     """By which a run kept its checkpoints, from the card of one of them."""
-    fields = {field.name for field in dataclasses.fields(CheckpointConfig)}
-    if (
-        not isinstance(kept, dict)
-        or kept.keys() != fields
-        or not all(type(value) is int and value >= 0 for value in kept.values())
-        or not kept["keep_last"]
-    ):
-        raise _damaged(step, f"card: kept is {kept!r}, which is no rule of a run")
-    return CheckpointConfig(**kept)
+    try:
+        return CheckpointConfig(**kept)
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"{step / 'card'}: kept is {kept!r}, which is no rule that a run had ({error}); the"
+            " checkpoint itself is whole: write it as in the card of another step"
+        ) from error
 
 
 def _restore(step: epath.Path, item: str, like, card: dict):

@@ -246,23 +246,33 @@ def dropout(x, rate: float, key):
     """Zero a share `rate` of x and scale the rest; x itself without a key or a rate."""
     if key is None or rate == 0:
         return x
-    keep = random_bits(key, x.shape) >= jnp.uint32(round(rate * 2**32))
+    return drop(x, rate, row_bits(key, x.shape))
+
+
+def drop(x, rate: float, bits):
+    """`dropout` of rows whose `row_bits` are (..., 1)."""
+    keep = random_bits(bits, x.shape[-1]) >= jnp.uint32(round(rate * 2**32))
     return jnp.where(keep, x * (1 / (1 - rate)), 0)
 
 
-def random_bits(key, shape: tuple[int, ...]):
+def random_bits(bits, length: int):
     """32 random bits for each element, uint32; an element's do not depend on how x is sharded.
 
     A hash of where the element is instead of jax.random's Threefry, which on CPU takes ten times as
     long as the softmax whose result it drops. Good enough for dropout; masks are drawn elsewhere.
     """
+    column = jax.lax.broadcasted_iota(jnp.uint32, (*bits.shape[:-1], length), bits.ndim - 1)
+    golden = jnp.uint32(0x9E3779B9)  # 2^32 divided by the golden ratio: neighbours end up far apart
+    return _hash(bits + column * golden)
+
+
+def row_bits(key, shape: tuple[int, ...]):
+    """The random bits of every row of such a shape, (..., 1), from which its elements' come."""
     seeds = jax.random.bits(key, (2,))
     row = jnp.zeros((*shape[:-1], 1), jnp.uint32)
     for axis, size in enumerate(shape[:-1]):
         row = row * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, row.shape, axis)
-    column = jax.lax.broadcasted_iota(jnp.uint32, shape, len(shape) - 1)
-    golden = jnp.uint32(0x9E3779B9)  # 2^32 divided by the golden ratio: neighbours end up far apart
-    return _hash((_hash(row ^ seeds[0]) ^ seeds[1]) + column * golden)
+    return _hash(row ^ seeds[0]) ^ seeds[1]
 
 
 def _hash(x):

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The loss of pretraining: masks are drawn, codes predicted behind them, the features kept small.
 
-B batch, S samples, T frames, G label sets (clusterings)
+B batch, S samples, T frames, D width, G label sets (clusterings), C codes of one
 """
 
 import dataclasses
@@ -82,10 +82,13 @@ def evaluate(model: Hubert, batch, mask_key) -> tuple[dict[str, tuple], list[Usa
             jnp.zeros(num_codes).at[codes_BT].add(weights_BT)
             for codes_BT in (batch["labels"][..., g], jnp.argmax(logits_BTC, axis=-1))
         )
-        spread = jnp.mean(jnp.std(logits_BTC, axis=(0, 1)))
-        usages.append(Usage(labelled_C, predicted_C, spread))
+        logit_spread = jnp.mean(jnp.std(logits_BTC, axis=(0, 1)))
+        usages.append(Usage(labelled_C, predicted_C, logit_spread))
     metrics = summary(_predictions(logits, mask_BT, batch), penalty)
-    return metrics | {"feature_spread": (losses.spread(x_BTD, weights_BT * ~mask_BT), 1.0)}, usages
+    counts_BT = weights_BT * ~mask_BT
+    num_counted = jnp.sum(counts_BT)
+    spread = (losses.spread(x_BTD, counts_BT) * num_counted, num_counted)
+    return metrics | {"feature_spread": spread}, usages
 
 
 def _mask(model: Hubert, batch, key) -> jax.Array:

@@ -15,7 +15,7 @@ from hubert_jax.data.corpus import Corpus
 from hubert_jax.stages import prepare
 from tests import tiny
 from tests.fuzz import readers
-from tests.stages import test_doctor as made
+from tests.stages import doctor_project as made
 from tests.test_sharding import OPTIM
 
 

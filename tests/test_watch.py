@@ -193,11 +193,22 @@ def test_a_model_of_one_code_and_collapsed_features_are_told_from_a_new_model():
 @pytest.mark.parametrize(("scale", "collapsed"), [(1e-3, True), (0.1, False)])
 def test_features_that_are_nearly_the_same_for_all_frames_have_collapsed(scale, collapsed):
     """Of the audio the last norm lets this much through, beside a bias of 1."""
+    got = with_last_norm(scale, bias=1.0)
+    assert 0.2 * scale < got["feature_spread"] < 1.1 * scale
+    assert collapsed == any("features have collapsed" in said for said in watch.of_validation(got))
+
+
+def test_features_of_zeros_have_collapsed():
+    got = with_last_norm(0.0, bias=0.0)
+    assert got["feature_spread"] == 0
+    assert "features have collapsed" in watch.of_validation(got)[0]
+
+
+def with_last_norm(scale: float, *, bias: float) -> dict[str, float]:
+    """What validation finds of a model whose last norm has these parameters."""
     made = tiny.model(num_codes=(12,))
     last = made.encoder.layers.ffn_norm
     last.scale[...] = last.scale[...].at[-1].set(scale)
-    last.bias[...] = last.bias[...].at[-1].set(1.0)
+    last.bias[...] = last.bias[...].at[-1].set(bias)
     sums, usages = jax.device_get(pretraining.evaluate(made, batch(), jax.random.key(0)))
-    got = train.means(train.sum_metrics([sums])) | watch.usage([usages])
-    assert 0.2 * scale < got["feature_spread"] < 1.1 * scale
-    assert collapsed == any("features have collapsed" in said for said in watch.of_validation(got))
+    return train.means(train.sum_metrics([sums])) | watch.usage([usages])

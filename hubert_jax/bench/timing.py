@@ -35,7 +35,7 @@ class Timing(NamedTuple):
 
 
 def alternate(title: str, contenders: Sequence[Contender], *, rounds: int) -> list[Timing]:
-    """Everybody once to warm up, and once more, then `rounds` rounds of everybody in turn.
+    """Everybody WARM_UPS times, then `rounds` rounds of everybody in turn.
 
     Works shorter than a turn are repeated in it, and the first is not counted: it would pay for
     the contender before, whose threads go on spinning for some milliseconds (OpenMP's do).
@@ -47,7 +47,8 @@ def alternate(title: str, contenders: Sequence[Contender], *, rounds: int) -> li
         work = contender.prepare()
         work()
         firsts.append(time.perf_counter() - started)
-        repeats.append(max(1, math.ceil(SHORTEST_TURN / _seconds(work))))
+        warm = [_seconds(work) for _ in range(WARM_UPS - 1)][-1]
+        repeats.append(max(1, math.ceil(SHORTEST_TURN / warm)))
         works.append(work)
     seconds: list[list[float]] = [[] for _ in works]
     for _ in range(rounds):

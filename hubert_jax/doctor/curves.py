@@ -105,7 +105,7 @@ def of_metrics(config, lines: Sequence[Mapping[str, float]], num_codes: int) -> 
             <= watch.ONE_CODE
             < last["train/label_perplexity"] / 2,
         ),
-        *_features(title, lines),
+        *_features(title, lines, warm),
         _waiting(title, whole[1:] or whole, config.train.report_every),
         _beside(title, config, step, loss, num_codes),
     ]
@@ -123,9 +123,9 @@ def _skipped(title: str, rows: Sequence[Mapping[str, float]], every: int) -> Fin
     )
 
 
-def _features(title: str, lines: Sequence[Mapping[str, float]]) -> list[Finding]:
-    """Of the newest validation; older runs did not measure it."""
-    spreads = [line[SPREAD] for line in lines if SPREAD in line]
+def _features(title: str, lines: Sequence[Mapping[str, float]], warm: int) -> list[Finding]:
+    """Of the newest validation past the warm-up; older runs did not measure it."""
+    spreads = [line[SPREAD] for line in lines if SPREAD in line and line["step"] > warm]
     return [
         graded(
             f"{title}: features",

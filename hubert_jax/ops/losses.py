@@ -81,10 +81,11 @@ def feature_penalty(features_BTC) -> jax.Array:
 def spread(features_BTD, counts_BT) -> jax.Array:
     """How far features are from their mean over the frames that count, as a share of their size.
 
-    0 where all are the same, at most 1; not a number where no frame counts.
+    0 where all are the same, at most 1.
     """
     x_BTD = features_BTD.astype(jnp.float32)
-    weights_BT1 = (counts_BT / jnp.sum(counts_BT))[..., None]
+    weights_BT1 = (counts_BT / jnp.maximum(jnp.sum(counts_BT), 1))[..., None]
     mean_D = jnp.sum(weights_BT1 * x_BTD, axis=(0, 1))
     variance = jnp.sum(weights_BT1 * jnp.square(x_BTD - mean_D))
-    return jnp.sqrt(variance / jnp.sum(weights_BT1 * jnp.square(x_BTD)))
+    size = jnp.sum(weights_BT1 * jnp.square(x_BTD))
+    return jnp.sqrt(variance / jnp.maximum(size, jnp.finfo(size.dtype).tiny))
