@@ -75,16 +75,23 @@ class Conv(nnx.Module):
 def strided_conv(x_BTC, kernel, stride: int):
     """Convolution over time, no padding: (B, T, C), (K, C, D) -> (B, (T - K) // stride + 1, D).
 
-    On CPU, XLA's gradient for x multiplies with the zeros between the strides; here it is one plain
-    convolution for each phase of the stride (docs/LOG.md has the times).
+    On NVIDIA GPUs it is a product, and so are its gradients. On CPU, XLA's gradient for x
+    multiplies with the zeros between the strides; here it is one plain convolution for each phase
+    of the stride. docs/LOG.md has the times.
     """
     if kernel.shape[0] != stride:
-        return _conv(x_BTC, kernel, stride)
+        return _forward(x_BTC, kernel, stride)
     # Without gradients, a product: XLA on CPU sums the convolution of a few frames in another order
     # where it has many threads, and an utterance alone would not be the one in a batch.
-    num_frames = x_BTC.shape[1] // stride
-    blocks_BTC = x_BTC[:, : num_frames * stride].reshape(len(x_BTC), num_frames, -1)
-    return blocks_BTC @ kernel.reshape(-1, kernel.shape[2])
+    return _by_product(x_BTC, kernel, stride)
+
+
+def _forward(x_BTC, kernel, stride: int):
+    return jax.lax.platform_dependent(
+        x_BTC, kernel,
+        cuda=functools.partial(_by_product, stride=stride),
+        default=functools.partial(_conv, stride=stride),
+    )  # fmt: skip
 
 
 def _conv(x_BTC, kernel, stride: int = 1):
@@ -93,18 +100,42 @@ def _conv(x_BTC, kernel, stride: int = 1):
     )
 
 
+def _by_product(x_BTC, kernel, stride: int):
+    """What each frame sees, all taps side by side, times the kernel."""
+    taps, width_in, width_out = kernel.shape
+    num_frames = (x_BTC.shape[1] - taps) // stride + 1
+    runs = -(-taps // stride)
+    length = (num_frames + runs - 1) * stride
+    missing = max(0, length - x_BTC.shape[1])
+    x_BTC = jnp.pad(x_BTC, ((0, 0), (0, missing), (0, 0)))[:, :length]
+    blocks_BTC = x_BTC.reshape(len(x_BTC), -1, stride * width_in)
+    seen = [
+        blocks_BTC[:, i : i + num_frames, : (taps - i * stride) * width_in] for i in range(runs)
+    ]
+    return jnp.concatenate(seen, axis=-1) @ kernel.reshape(-1, width_out)
+
+
 def _gradients_of_conv(stride: int, saved, grad_BTD):
     x_BTC, kernel = saved
-    (grad_kernel,) = jax.linear_transpose(lambda k: _conv(x_BTC, k, stride), kernel)(grad_BTD)
+
+    def of_kernel(form, grad_BTD, x_BTC):
+        return jax.linear_transpose(lambda k: form(x_BTC, k, stride), kernel)(grad_BTD)[0]
+
+    def of_input(form, grad_BTD, kernel):
+        return jax.linear_transpose(lambda x: form(x, kernel, stride), x_BTC)(grad_BTD)[0]
 
     def by_phase(grad_BTD, kernel):
         return _input_gradient(grad_BTD, kernel, stride, x_BTC.shape[1])
 
-    def transposed(grad_BTD, kernel):
-        return jax.linear_transpose(lambda x: _conv(x, kernel, stride), x_BTC)(grad_BTD)[0]
-
     # Not by the default backend: hubert plan compiles for TPUs on a CPU.
-    grad_BTC = jax.lax.platform_dependent(grad_BTD, kernel, cpu=by_phase, default=transposed)
+    grad_BTC = jax.lax.platform_dependent(
+        grad_BTD, kernel, cpu=by_phase,
+        cuda=functools.partial(of_input, _by_product), default=functools.partial(of_input, _conv),
+    )  # fmt: skip
+    grad_kernel = jax.lax.platform_dependent(
+        grad_BTD, x_BTC,
+        cuda=functools.partial(of_kernel, _by_product), default=functools.partial(of_kernel, _conv),
+    )  # fmt: skip
     return grad_BTC, grad_kernel
 
 
@@ -122,7 +153,7 @@ def _input_gradient(grad_BTD, kernel, stride: int, num_frames: int):
 
 
 strided_conv.defvjp(
-    lambda x_BTC, kernel, stride: (_conv(x_BTC, kernel, stride), (x_BTC, kernel)),
+    lambda x_BTC, kernel, stride: (_forward(x_BTC, kernel, stride), (x_BTC, kernel)),
     _gradients_of_conv,
 )
 
@@ -246,33 +277,23 @@ def dropout(x, rate: float, key):
     """Zero a share `rate` of x and scale the rest; x itself without a key or a rate."""
     if key is None or rate == 0:
         return x
-    return drop(x, rate, row_bits(key, x.shape))
-
-
-def drop(x, rate: float, bits):
-    """`dropout` of rows whose `row_bits` are (..., 1)."""
-    keep = random_bits(bits, x.shape[-1]) >= jnp.uint32(round(rate * 2**32))
+    keep = random_bits(key, x.shape) >= jnp.uint32(round(rate * 2**32))
     return jnp.where(keep, x * (1 / (1 - rate)), 0)
 
 
-def random_bits(bits, length: int):
+def random_bits(key, shape: tuple[int, ...]):
     """32 random bits for each element, uint32; an element's do not depend on how x is sharded.
 
     A hash of where the element is instead of jax.random's Threefry, which on CPU takes ten times as
     long as the softmax whose result it drops. Good enough for dropout; masks are drawn elsewhere.
     """
-    column = jax.lax.broadcasted_iota(jnp.uint32, (*bits.shape[:-1], length), bits.ndim - 1)
-    golden = jnp.uint32(0x9E3779B9)  # 2^32 divided by the golden ratio: neighbours end up far apart
-    return _hash(bits + column * golden)
-
-
-def row_bits(key, shape: tuple[int, ...]):
-    """The random bits of every row of such a shape, (..., 1), from which its elements' come."""
     seeds = jax.random.bits(key, (2,))
     row = jnp.zeros((*shape[:-1], 1), jnp.uint32)
     for axis, size in enumerate(shape[:-1]):
         row = row * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, row.shape, axis)
-    return _hash(row ^ seeds[0]) ^ seeds[1]
+    column = jax.lax.broadcasted_iota(jnp.uint32, shape, len(shape) - 1)
+    golden = jnp.uint32(0x9E3779B9)  # 2^32 divided by the golden ratio: neighbours end up far apart
+    return _hash((_hash(row ^ seeds[0]) ^ seeds[1]) + column * golden)
 
 
 def _hash(x):

@@ -57,7 +57,7 @@ class HubertConfig:
     mask_length: int  # frames
     normalize_audio: bool  # whole utterances come with zero mean and unit variance
     compute_dtype: str  # "auto": bfloat16 on accelerators, float32 on CPU
-    unroll: str  # layers in a loop ("yes") or scanned ("no"); "auto": a loop on CPU
+    unroll: str  # layers in a loop ("yes") or scanned ("no"); "auto": scanned on TPU alone
     remat: str  # "none", "layer" (keep layer inputs only) or "dots" (keep matmul results)
 
     def __post_init__(self):
@@ -79,8 +79,10 @@ class HubertConfig:
 
     @property
     def loops(self) -> bool:
-        """Whether layers run in a Python loop: XLA on CPU makes a scan's backward pass slow."""
-        return jax.default_backend() == "cpu" if self.unroll == "auto" else self.unroll == "yes"
+        """Whether layers run in a Python loop: a scan stacks what the backward pass needs, which
+        takes a CPU or GPU longer than the loop's longer program takes to compile.
+        """
+        return jax.default_backend() != "tpu" if self.unroll == "auto" else self.unroll == "yes"
 
 
 def _choice(name: str, value: str, choices: tuple[str, ...]) -> None:

@@ -4,6 +4,7 @@
 #   launch/bench_gpu.sh              results in ./bench_out
 #   OUT=/results launch/bench_gpu.sh
 #   SMALL=1 launch/bench_gpu.sh      the same parts on a CPU, small: does the script work?
+#   PARTS=train-base ROWS=max ...    the largest batch, compiled twice; else 32 rows, of large 16
 # PARTS=REGEX runs the parts whose names match. WHEELS=FOLDER installs the wheels there first, below
 # OUT: for a machine without a network.
 # Parts (launch/parts.sh) stand in the order of what is missed most.
@@ -27,7 +28,7 @@ if [[ -n "$SMALL" ]]; then
     export JAX_PLATFORMS=cpu
     MODELS=configs/demo.py SECONDS_LONG=2 ROWS=4 ROUNDS=2 FRAMES=20000 CODEBOOK=64x50 STEPS=60 COMPILE=
 else
-    MODELS="configs/base.py configs/large.py" SECONDS_LONG=15.625 ROWS=max ROUNDS=5
+    MODELS="configs/base.py configs/large.py" SECONDS_LONG=15.625 ROWS="${ROWS:-}" ROUNDS=5
     FRAMES=10000000 CODEBOOK=768x500 STEPS=300 COMPILE=--compile
     export XLA_PYTHON_CLIENT_MEM_FRACTION="${XLA_PYTHON_CLIENT_MEM_FRACTION:-0.92}"
 fi
@@ -58,23 +59,22 @@ export -f loop devices
 
 training() { # training WHO RUN LIMIT: one contender, a model at a time
     for config in $MODELS; do
+        [[ "$config" == *large* ]] && rows=16 || rows=32
         # shellcheck disable=SC2086 # COMPILE is one option or none
         "$2" "train-$(basename "$config" .py)-${1%%,*}" "$3" training --config="$config" $COMPILE \
-            --seconds="$SECONDS_LONG" --rows="$ROWS" --rounds="$ROUNDS" --only="$1"
+            --seconds="$SECONDS_LONG" --rows="${ROWS:-$rows}" --rounds="$ROUNDS" --only="$1"
     done
 }
-torch="${COMPILE:+, torch.compile}"
-
+torch="${COMPILE:+, torch.compile}" FEW="${ROWS:-max}"
 part devices 60 devices
 training hubert_jax bench 150
 training "transformers$torch" peer 120
-bench kmeans 120 kmeans --config=configs/base.py --frames="$FRAMES" --codebooks="$CODEBOOK" \
+bench kmeans 150 kmeans --config=configs/base.py --frames="$FRAMES" --codebooks="$CODEBOOK" \
     --rounds=1 --only=hubert_jax
 part loop 120 loop
 training "torchaudio$torch" peer 120
-first="${MODELS%% *}"
-bench breakdown 120 breakdown --config="$first" --seconds="$SECONDS_LONG" --rows="${ROWS/max/24}"
-peer extraction 60 extraction --config="$first" --seconds="$SECONDS_LONG" --rows="${ROWS/max/16}"
+bench breakdown 120 breakdown --config="${MODELS%% *}" --seconds="$SECONDS_LONG" --rows="${FEW/max/24}"
+peer extraction 60 extraction --config="${MODELS%% *}" --seconds="$SECONDS_LONG" --rows="${FEW/max/16}"
 
 echo "$SECONDS s in all"
 column -t -s $'\t' "$SUMMARY"

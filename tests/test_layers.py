@@ -112,7 +112,26 @@ def test_what_is_compiled_for_another_platform_here_has_no_form_for_cpus(platfor
 
     assert ("while" in lowered(doubled)) == (platform == "cpu")
     assert ("dot_general" in lowered(norm)) == (platform == "cpu")
-    assert ("lhs_dilate = [2]" in lowered(gradient)) == (platform != "cpu")
+    assert ("lhs_dilate = [2]" in lowered(gradient)) == (platform == "tpu")
+    assert ("convolution" in lowered(gradient)) == (platform != "cuda")
+
+
+@pytest.mark.parametrize(
+    ("taps", "stride", "width", "num_samples"),
+    [(3, 2, 8, 101), (3, 2, 8, 100), (2, 2, 8, 31), (10, 5, 1, 403), (10, 5, 1, 400), (4, 3, 2, 4)],
+)
+def test_a_convolution_by_product_is_the_convolution(taps, stride, width, num_samples):
+    """As are its gradients: the form for NVIDIA GPUs."""
+    x_BTC = jax.random.normal(jax.random.key(0), (2, num_samples, width))
+    kernel = jax.random.normal(jax.random.key(1), (taps, width, 16))
+
+    def value_and_gradients(form):
+        y_BTC, pull = jax.vjp(lambda x, k: form(x, k, stride), x_BTC, kernel)
+        return y_BTC, *pull(jnp.sin(jnp.arange(y_BTC.size).reshape(y_BTC.shape)))
+
+    got, want = map(value_and_gradients, (layers._by_product, layers._conv))
+    for a, b in zip(got, want, strict=True):
+        np.testing.assert_allclose(a, b, atol=3e-5)
 
 
 # --- dropout

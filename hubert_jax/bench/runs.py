@@ -66,11 +66,19 @@ def first_update(config: str, workdir: epath.Path, *, cache: epath.Path) -> floa
     return seconds
 
 
+def finished(command: Sequence[str]) -> None:
+    """Runs a command. Raises ValueError with what it said last where it fails."""
+    run = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    if run.returncode:
+        last = "\n".join(run.stdout.splitlines()[-20:])
+        raise ValueError(f"{' '.join(command[3:])} ended with {run.returncode} and said:\n{last}")
+
+
 def waited(config: str, workdir: epath.Path, *, num_steps: int) -> Waited:
     """A training of `num_steps`, the first report of which, with the compilation, is left out."""
     every = max(1, num_steps // 10)
     flags = [f"--config.train.num_steps={num_steps}", f"--config.train.report_every={every}"]
-    subprocess.run([*_pretrain(config, workdir), *flags], check=True, capture_output=True)
+    finished([*_pretrain(config, workdir), *flags])
     lines = logs.read_metrics(workdir / ITERATION / "logs" / "metrics.jsonl")
     reports = [line for line in lines if "train/seconds_waited_for_data" in line]
     first, rest = reports[0], reports[1:]

@@ -18,7 +18,6 @@ without one, on the CPU.
 
 import argparse
 import os
-import subprocess
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -141,7 +140,7 @@ def with_memory(rows: list[Row], name: str, argv: Sequence[str]) -> list[Row]:
         for who in dict.fromkeys(row.who for row in rows):
             logs.info(f"{name}: {who} alone, for its memory")
             alone = [*runs.PROGRAM, "bench", name, *words, f"--only={who}", f"--out={path}"]
-            subprocess.run([*alone, "--rounds=1"], check=True, capture_output=True)
+            runs.finished([*alone, "--rounds=1"])
             found |= {(row.work, row.who): row.memory for row in table.read(path)}
     return [row._replace(memory=found[row.work, row.who]) for row in rows]
 
