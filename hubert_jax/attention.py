@@ -91,8 +91,8 @@ def flash(
 ):
     """The same by one of the implementations of `jax.nn.dot_product_attention`.
 
-    It is given lengths also where all frames are valid: without them cuDNN's gradients are not
-    numbers for some T (NVIDIA/cudnn-frontend, issues 160 and 1072).
+    It is given lengths also where all frames are valid: without them cuDNN's gradients are reported
+    to be no numbers for some T (NVIDIA/cudnn-frontend, issues 160 and 1072).
     """
     batch, _, num_frames, _ = query_BHTK.shape
     if valid_BT is None:

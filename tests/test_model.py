@@ -280,3 +280,9 @@ def test_several_label_sets_tied_and_untied():
         assert [x.shape for x in logits] == [(2, T, 12), (2, T, 7)]
         assert model.head.kernel[...].shape == (2 if untied else 1, 32, 8)
         assert model.head.codes_CE[...].shape == (19, 8)
+
+
+@pytest.mark.parametrize(("backend", "loops"), [("cpu", True), ("gpu", True), ("tpu", False)])
+def test_layers_are_scanned_on_tpus_alone(backend, loops, monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    assert dataclasses.replace(tiny.BASE, unroll="auto").loops == loops
