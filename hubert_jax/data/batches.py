@@ -19,7 +19,7 @@ import grain
 import numpy as np
 from absl import flags
 
-from hubert_jax.data import arrays, rungs
+from hubert_jax.data import arrays, rungs, workers
 from hubert_jax.ops import frames
 
 
@@ -217,7 +217,8 @@ def stream(
         ).mp_prefetch(
             grain.MultiprocessingOptions(
                 num_workers=config.num_workers, per_worker_buffer_size=ahead
-            )
+            ),
+            worker_init_fn=workers.serve,
         )
     else:
         loaded = steps.to_iter_dataset(

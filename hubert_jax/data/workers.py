@@ -11,6 +11,7 @@ from multiprocessing import connection
 from typing import Any
 
 SECONDS_BETWEEN_REPORTS = 0.2
+SECONDS_AFTER_SIGTERM = 60.0  # that a loader still serves: whoever reads from it saves first
 
 Report = Callable[[float], None]
 
@@ -80,6 +81,22 @@ def _start_worker(queue, stop) -> None:
     _queue, _stop = queue, stop
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent gets it too, and stops us
     threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def serve(index: int, count: int) -> None:
+    """What loader `index` of `count` does first: SIGINT and SIGTERM are for the process it serves.
+
+    They come to all processes, from a terminal or from SLURM, and that one has a step to finish.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: _end_later())
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_later() -> None:
+    ending = threading.Timer(SECONDS_AFTER_SIGTERM, os._exit, [1])
+    ending.daemon = True
+    ending.start()
 
 
 def _end_with_parent() -> None:

@@ -8,7 +8,13 @@ tells where it came from.
 import contextlib
 import copy
 import itertools
+import multiprocessing
+import os
+import pathlib
+import signal
+import subprocess
 import sys
+import time
 
 import cloudpickle
 import numpy as np
@@ -327,6 +333,51 @@ def test_worker_processes_load_the_same_and_end(corpus):
             assert step == same_step
             for name, rows in loaded.items():
                 np.testing.assert_array_equal(rows, same[name])
+
+
+def test_worker_processes_outlive_the_signals_that_their_reader_gets(corpus):
+    """A terminal and SLURM send them to all: the reader has a step to finish, and to save."""
+    cloudpickle.register_pickle_by_value(sys.modules[__name__])
+    split, stores = corpus
+    config = replace(num_workers=2)
+    steps = {"first_step": 0, "num_steps": 10_000, "normalize": False}
+    with contextlib.closing(batches.stream(split, stores, make_plan(), config, **steps)) as reader:
+        next(reader)
+        loaders = multiprocessing.active_children()
+        assert len(loaders) == 2
+        for loader, number in itertools.product(loaders, (signal.SIGTERM, signal.SIGINT)):
+            os.kill(loader.pid, number)
+        assert [next(reader)[0] for _ in range(30)] == list(range(1, 31))
+        assert all(loader.is_alive() for loader in loaders)
+    assert not any(loader.is_alive() for loader in loaders)
+
+
+def test_worker_processes_end_with_a_reader_that_is_killed(tmp_path):
+    program = f"""
+import multiprocessing, pathlib, time
+from tests.data import test_batches as t
+if __name__ == "__main__":
+    split = t.FakeSplit(t.lengths())
+    stores = [t.label_store(pathlib.Path({os.fspath(tmp_path)!r}) / "labels", split, rate=50)]
+    steps = dict(first_step=0, num_steps=10_000, normalize=False)
+    reader = t.batches.stream(split, stores, t.make_plan(), t.replace(num_workers=2), **steps)
+    next(reader)
+    print(*[loader.pid for loader in multiprocessing.active_children()], flush=True)
+    time.sleep(600)
+"""
+    path = tmp_path / "program.py"
+    path.write_text(program)
+    environment = os.environ | {"PYTHONPATH": os.fspath(pathlib.Path(__file__).parents[2])}
+    with subprocess.Popen(
+        [sys.executable, path], stdout=subprocess.PIPE, text=True, env=environment
+    ) as reader:
+        loaders = [int(number) for number in reader.stdout.readline().split()]
+        reader.kill()
+    assert len(loaders) == 2
+    deadline = time.monotonic() + 30
+    while any(pathlib.Path(f"/proc/{loader}").exists() for loader in loaders):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
 
 
 def test_normalized_before_cropping(corpus):
