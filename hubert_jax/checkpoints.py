@@ -38,7 +38,7 @@ class CheckpointConfig:
     def __post_init__(self):
         for name, least in {"every": 1, "keep_last": 1, "keep_every": 0}.items():
             value = getattr(self, name)
-            if not isinstance(value, int) or value < least:
+            if type(value) is not int or value < least:
                 raise ValueError(f"checkpoints.{name} is {value!r}: an integer from {least} on")
 
 

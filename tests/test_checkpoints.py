@@ -77,6 +77,15 @@ def test_what_a_killed_run_was_removing_is_removed_by_its_own_rule(tmp_path):
         assert names(folder) == want
 
 
+@pytest.mark.parametrize(
+    ("field", "value"), [("every", 0), ("keep_last", 0), ("keep_every", -1), ("keep_last", True)]
+)
+def test_a_rule_that_keeps_nothing_is_refused_where_it_is_configured(field, value):
+    rule = {"every": 10, "keep_last": 1, "keep_every": 0} | {field: value}
+    with pytest.raises(ValueError, match=rf"checkpoints\.{field} is {value}: an integer from"):
+        checkpoints.CheckpointConfig(**rule)
+
+
 @pytest.mark.parametrize("field", ["every", "keep_last", "kept"])
 def test_a_rule_that_was_edited_in_a_card_removes_no_checkpoint(tmp_path, field):
     saved(tmp_path, steps=(1, 2), keep_last=2)

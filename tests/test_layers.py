@@ -100,11 +100,14 @@ def test_what_is_compiled_for_another_platform_here_has_no_form_for_cpus(platfor
     norm = layers.LayerNorm(8)
     kernel = jnp.ones((3, 8, 8))
 
-    def gradient(x_BTC):
-        return jax.grad(lambda x: jnp.sum(jnp.sin(layers.strided_conv(x, kernel, 2))))(x_BTC)
+    def convolved(x_BTC, kernel=kernel):
+        return jnp.sum(jnp.sin(layers.strided_conv(x_BTC, kernel, 2)))
 
-    def lowered(function) -> str:
-        traced = jax.jit(function).trace(jnp.ones((2, 21, 8)))
+    gradient = jax.grad(convolved)
+    of_kernel = functools.partial(jax.grad(convolved, argnums=1), jnp.ones((2, 21, 8)))
+
+    def lowered(function, *args) -> str:
+        traced = jax.jit(function).trace(*args or (jnp.ones((2, 21, 8)),))
         return traced.lower(lowering_platforms=(platform,)).as_text()
 
     def doubled(x_BTC):
@@ -113,7 +116,8 @@ def test_what_is_compiled_for_another_platform_here_has_no_form_for_cpus(platfor
     assert ("while" in lowered(doubled)) == (platform == "cpu")
     assert ("dot_general" in lowered(norm)) == (platform == "cpu")
     assert ("lhs_dilate = [2]" in lowered(gradient)) == (platform == "tpu")
-    assert ("convolution" in lowered(gradient)) == (platform != "cuda")
+    for text in (lowered(convolved), lowered(gradient), lowered(of_kernel, kernel)):
+        assert ("convolution" in text) == (platform != "cuda")
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,7 @@ from hubert_jax import (
     train,
     watch,
 )
-from hubert_jax.data import arrays, batches, cards
+from hubert_jax.data import arrays, batches, cards, codebooks
 from hubert_jax.data.corpus import Corpus, Split
 from hubert_jax.data.labels import check_range
 from hubert_jax.heads import HeadConfig, Hubert
@@ -239,18 +239,18 @@ def open_labels(
     folders = [epath.Path(name) if "/" in name else workdir / name / "labels" for name in names]
     opened = {split: [arrays.Store(folder / split) for folder in folders] for split in SPLITS}
     for train_store, validation_store in zip(*opened.values(), strict=True):
+        facts = {name: train_store.card[name] for name in ("codebook", "num_codes")}
+        codebook = train_store.folder.parent.parent / "codebook.npz"
+        if codebook.exists():  # labels may have been brought here without it
+            made = codebooks.read_card(codebook)
+            facts = {"codebook": made["digest"], "num_codes": made["num_codes"]}
         for store in (train_store, validation_store):
             cards.require(
                 store.folder / "card.json", store.card,
-                kind="labels", corpus=corpus.card["fingerprint"],
-                codebook=train_store.card["codebook"],
+                kind="labels", corpus=corpus.card["fingerprint"], **facts,
             )  # fmt: skip
             store.check()
             check_range(store)
-        codebook = train_store.folder.parent.parent / "codebook.npz"
-        if codebook.exists():  # labels may have been brought here without it
-            path = train_store.folder / "card.json"
-            cards.require(path, train_store.card, codebook=cards.digest(codebook))
     return opened
 
 

@@ -126,7 +126,8 @@ def run(chaos: Chaos, *, seconds: float, only: str) -> tuple[dict[str, list[int]
         if not re.search(only, trial.fault):
             return
         found = trial.lost()
-        print(f"{trial.fault}: {trial.what}: {found or 'survived'}", file=sys.stderr, flush=True)
+        outcome = "came too late" if found is None else found or "survived"
+        print(f"{trial.fault}: {trial.what}: {outcome}", file=sys.stderr, flush=True)
         if found is not None:
             count = counts.setdefault(trial.fault, [0, 0, 0])
             count[0] += 1
