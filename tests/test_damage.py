@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """One byte flipped in anything on disk is an error that names the file, never another result."""
 
+import json
 import pathlib
 import shutil
 
@@ -51,6 +52,19 @@ def test_a_codebook(tmp_path):
         with pytest.raises(ValueError, match=r"codebook\.npz: is not the codebook of"):
             codebooks.read_card(path)
         pathlib.Path(path).write_bytes(before)
+
+
+@pytest.mark.parametrize("by", ["cluster", "import"])
+def test_a_codebook_whose_card_says_another_layer(tmp_path, by):
+    path, source = epath.Path(tmp_path / "codebook.npz"), {"kind": "layer", "layer": 6}
+    made_from = {"features": {"source": source}} if by == "cluster" else {"source": source}
+    centers_CD = np.ones((2, 3), np.float32)
+    codebooks.write(path, centers_CD, made_from=made_from, source=source, rate=50, arrays={})
+    card = codebooks.read_card(path)
+    edited = json.dumps(card | {"source": source | {"layer": 5}})
+    path.with_suffix(".json").write_text(edited)
+    with pytest.raises(ValueError, match=r"codebook\.json: source\.layer is 5, expected 6"):
+        codebooks.read_card(path)
 
 
 def test_a_corpus(tmp_path):

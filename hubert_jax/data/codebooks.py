@@ -64,6 +64,10 @@ def read_card(path: epath.PathLike) -> cards.Card:
             f"{path}: is not the codebook of {card_path.name}: one of the two was damaged, edited"
             " or copied alone; remove both and run hubert cluster (or import codebook) again"
         )
+    made_from = card.get("made_from", {})
+    source = made_from.get("features", made_from).get("source")  # the former by hubert cluster
+    if source is not None:
+        cards.require(card_path, card, source=source)
     return card
 
 

@@ -43,6 +43,7 @@ EDITS = (
         10,
         "checkpoint.step is 10",
     ),
+    ("export units", "it2/codebook.json", "source.layer", 1, "source.layer is 1"),
     ("export units", "it2/codebook.json", "source.checkpoint.encoder", "sha256:0", "sha256:0"),
     ("export units", LAST, "model.num_heads", 2, "model.num_heads is 2"),
 )
