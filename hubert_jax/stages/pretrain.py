@@ -239,15 +239,16 @@ def open_labels(
     folders = [epath.Path(name) if "/" in name else workdir / name / "labels" for name in names]
     opened = {split: [arrays.Store(folder / split) for folder in folders] for split in SPLITS}
     for train_store, validation_store in zip(*opened.values(), strict=True):
-        facts = {name: train_store.card[name] for name in ("codebook", "num_codes")}
+        path, card = train_store.folder / "card.json", train_store.card
         codebook = train_store.folder.parent.parent / "codebook.npz"
         if codebook.exists():  # labels may have been brought here without it
-            made = codebooks.read_card(codebook)
-            facts = {"codebook": made["digest"], "num_codes": made["num_codes"]}
+            cards.require(path, card, codebook=cards.digest(codebook))
+            cards.require(path, card, num_codes=len(codebooks.read_centers(codebook)))
         for store in (train_store, validation_store):
             cards.require(
                 store.folder / "card.json", store.card,
-                kind="labels", corpus=corpus.card["fingerprint"], **facts,
+                kind="labels", corpus=corpus.card["fingerprint"], codebook=card["codebook"],
+                num_codes=card["num_codes"],
             )  # fmt: skip
             store.check()
             check_range(store)
