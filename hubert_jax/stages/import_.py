@@ -101,13 +101,14 @@ def import_weights(
     Raises ValueError where the files are not a model that we know, or OUT holds another one.
     """
     model = formats.read(path, format_=format_, num_heads=num_heads)
-    made_from = {"imported": {"format": format_, "weights": weights.digest(model.arrays)}}
+    imported, facts = {"format": format_, "weights": weights.digest(model.arrays)}, model.facts()
+    made_from = {"imported": imported, "model": facts["model"], "head": facts["head"]}
     if cards.is_made(out / "card.json", made_from, option="--out"):
         card = cards.read(out / "card.json")
-        cards.require(out / "card.json", card, option="--out", **model.facts())
+        cards.require(out / "card.json", card, option="--out", **facts)
         logs.info(f"{out}: imported before")
         return
-    card = cards.new("checkpoint", made_from=made_from, **model.facts())
+    card = cards.new("checkpoint", made_from=made_from, **facts)
     checkpoints.write_weights(out, model, card)
     cards.write(out / "card.json", card)
     logs.info(f"{out}: {formats.summary(model)}")

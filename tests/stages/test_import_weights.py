@@ -31,6 +31,17 @@ def features(checkpoint) -> np.ndarray:
     return hubert_jax.load(checkpoint).features(WAVE_S, layer=2)
 
 
+def test_an_imported_checkpoint_whose_card_was_edited_is_refused(tmp_path):
+    """No array shows how many heads there are."""
+    formats.write(made.model("base", "one set"), tmp_path / "theirs", format_="hf")
+    import_weights("hf", tmp_path / "theirs", tmp_path / "first")
+    path = tmp_path / "first" / "0" / "card" / "metadata"
+    card = json.loads(path.read_text())
+    path.write_text(json.dumps(card | {"model": card["model"] | {"num_heads": 2}}))
+    with pytest.raises(ValueError, match=r"model\.num_heads is 2, it was trained with 4"):
+        checkpoints.load_weights(tmp_path / "first")
+
+
 @pytest.mark.parametrize("format_", ["hf", "torchaudio", "safetensors"])
 @pytest.mark.parametrize("kind", tiny.KINDS)
 def test_weights_go_in_out_and_in_again(kind, format_, tmp_path, capsys):
