@@ -5,6 +5,7 @@
     FOLDER/index.npz                  ids, offsets (row of each utterance's first row, and the end),
                                       shards (position of each shard's first utterance, and the end)
     FOLDER/card.json                  written last: a folder without it is unfinished
+    FOLDER/unfinished.json, shard-00000-of-00008.json   until then: the plan, each shard's digest
 
 Shapes: N utterances. A shard is a plain numpy file: `numpy.load` reads it without this package.
 """
@@ -111,12 +112,12 @@ class Store:
 def is_made(folder: epath.PathLike, made_from: cards.Card) -> bool:
     """Whether the store is finished and made from this; as cards.is_made.
 
-    A run that was killed right after the card was written has left its PLAN, which goes here.
+    A run that was killed right after the card was written has left its plan, which goes here.
     """
     folder = epath.Path(folder)
     if not cards.is_made(folder / "card.json", made_from):
         return False
-    (folder / PLAN).unlink(missing_ok=True)
+    _clear(folder)
     return True
 
 
@@ -160,8 +161,11 @@ def write_store(
         path = shard_path(folder, shard, len(bounds) - 1)
         if not path.exists():
             positions = np.arange(bounds[shard], bounds[shard + 1])
-            with cards.whole(path) as unfinished, open(unfinished, "wb") as file:
-                _write_shard(file, path, produce(positions), positions, offsets, width, dtype)
+            with cards.whole(path) as unfinished:
+                with open(unfinished, "wb") as file:
+                    _write_shard(file, path, produce(positions), positions, offsets, width, dtype)
+                # Taken now: what happens to the shard before the store is finished will show.
+                cards.write(path.with_suffix(".json"), {"digest": cards.digest(unfinished)})
     barrier()
     if process_index == 0:
         _finish(folder, card, results, bounds, width, dtype)
@@ -256,7 +260,7 @@ def _finish(
     width: int | None,
     dtype: np.dtype,
 ) -> None:
-    names = [shard_path(folder, i, len(bounds) - 1).name for i in range(len(bounds) - 1)]
+    paths = [shard_path(folder, i, len(bounds) - 1) for i in range(len(bounds) - 1)]
     card = {**card, "width": width, "dtype": dtype.name}
     store = Store.__new__(Store)
     store._open(folder, card)
@@ -264,10 +268,23 @@ def _finish(
         **card,
         "num_utterances": len(store),
         "num_rows": store.num_rows,
-        "shards": {name: cards.digest(folder / name) for name in names},
+        "shards": {path.name: _digest(path) for path in paths},
         **results(store),
     }
     cards.write(folder / "card.json", card)
+    _clear(folder)
+
+
+def _digest(path: epath.Path) -> str | None:
+    """Of a shard as it was written; of one by a version that kept none, as it is."""
+    card = path.with_suffix(".json")
+    return cards.read(card).get("digest") if card.exists() else cards.digest(path)
+
+
+def _clear(folder: epath.Path) -> None:
+    """Removes what an unfinished store needs and a finished one does not."""
+    for path in folder.glob("shard-*.json"):
+        path.unlink()
     (folder / PLAN).unlink(missing_ok=True)
 
 

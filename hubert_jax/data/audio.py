@@ -28,9 +28,11 @@ MAX_FLAC_OVERHEAD = 2**14  # bytes; libFLAC itself leaves 8 KiB of padding
 BLOCK_VALUES = 2**25  # of all channels, in a block; 60 s of stereo at 192 kHz are fewer
 MAX_CHANNELS = 64
 RATES = (1_000, 1_000_000)  # Hz; what says another rate has a damaged header
-# What libsndfile notes of a .wav, .aiff or .au that is shorter than its header says.
-SIZE_IN_LOG = re.compile(r"(?:data|SSND|Data Size) *: (\d+) \(should be (\d+)\)")
-MAX_MISSING = 1024  # bytes; less is a writer's carelessness and no frame of speech
+# What libsndfile notes of a .wav, .aiff, .au or .w64 that is shorter than its header says.
+SIZE_IN_LOG = re.compile(r"(?:data|SSND|Data Size|riff|Riff size) *: (\d+) \(should be (\d+)\)")
+MAX_MISSING = 64  # bytes; fewer are a writer's carelessness, who counts the header in, say
+# What it notes of an .ogg or .opus that was cut; every stream has an end that says so.
+CUT_IN_LOG = re.compile(r"Ogg ?: (Junk after the last page|Last page lacks|File ended unexp)")
 UNKNOWN_SIZE = 2**31 - 2**16  # bytes; who writes into a pipe fills in the largest number there is
 UNKNOWN_LENGTH = 2**62  # libsndfile's answer for a stream of unknown length is near 2**63
 
@@ -50,14 +52,31 @@ def open_file(file: BinaryIO) -> soundfile.SoundFile:
         sound = soundfile.SoundFile(file)
     except (soundfile.SoundFileError, OSError) as error:
         raise Rejected(f"unreadable: {_reason(error)}") from error
-    if sound.channels > MAX_CHANNELS or not RATES[0] <= sound.samplerate <= RATES[1]:
+    reason = _bad_header(sound, file)
+    if reason:
         sound.close()
-        raise Rejected(f"unreadable: {sound.channels} channels at {sound.samplerate} Hz")
-    said = SIZE_IN_LOG.search(sound.extra_info)
-    if said and int(said[1]) - int(said[2]) >= MAX_MISSING and int(said[1]) < UNKNOWN_SIZE:
-        sound.close()
-        raise Rejected(f"ends early: {said[2]} of {said[1]} bytes of samples")
+        raise Rejected(reason)
     return sound
+
+
+def _bad_header(sound: soundfile.SoundFile, file: BinaryIO) -> str:
+    """What is wrong with a file by its header and its size; "" where nothing is."""
+    if sound.channels > MAX_CHANNELS or not RATES[0] <= sound.samplerate <= RATES[1]:
+        return f"unreadable: {sound.channels} channels at {sound.samplerate} Hz"
+    said = SIZE_IN_LOG.search(sound.extra_info)
+    if said and int(said[1]) - int(said[2]) > MAX_MISSING and int(said[1]) < UNKNOWN_SIZE:
+        return f"ends early: {said[2]} of {said[1]} bytes of samples"
+    if CUT_IN_LOG.search(sound.extra_info):
+        seconds = sound.frames / sound.samplerate
+        return f"ends early: after {seconds:.1f} s, without the end of its stream"
+    if sound.format == "NIST":  # of which nothing is noted
+        position = file.tell()
+        file.seek(0)
+        count = re.search(rb"\nsample_count -i (\d+)\s", file.read(1024))
+        file.seek(position)
+        if count and sound.frames < int(count[1]):
+            return f"ends early: {sound.frames} of {int(count[1])} samples"
+    return ""
 
 
 def pieces(sound: soundfile.SoundFile, max_samples: int) -> Iterator[tuple[int, np.ndarray]]:
@@ -91,8 +110,23 @@ def blocks(sound: soundfile.SoundFile) -> Iterator[np.ndarray]:
         if resampler is not None:
             block_S = resampler.resample_chunk(block_S, last=is_last)
         yield block_S
+    _check_end(sound, num_read)
+
+
+def _check_end(sound: soundfile.SoundFile, num_read: int) -> None:
+    """Raises Rejected where a file that was read to its end has fewer samples than it says.
+
+    An .mp3 says so in its Xing or Info header. Without one libsndfile takes the first frame's size
+    for that of all, and stops there: right where the bit rate is constant.
+    """
     if sound.format == "FLAC" and num_read != sound.frames < UNKNOWN_LENGTH:
         raise Rejected(f"ends early: {num_read} of {sound.frames} samples")
+    if sound.format == "MP3":
+        if num_read <= sound.frames - (1152 if sound.samplerate >= 32_000 else 576):  # a frame
+            raise Rejected(f"ends early: {num_read} of {sound.frames} samples")
+        following = sound.name.read(2)  # of the file, as it is open: a tag, or one more frame
+        if len(following) == 2 and following[0] == 0xFF and following[1] >= 0xE0:
+            raise Rejected(f"says no length: there is more after {num_read} samples")
 
 
 def cut(blocks: Iterable[np.ndarray], max_samples: int) -> Iterator[tuple[int, np.ndarray]]:

@@ -80,7 +80,7 @@ def test_interrupted_store_goes_on_with_the_missing_shards(tmp_path):
 
     with pytest.raises(KeyboardInterrupt):
         write(tmp_path, produce=fail_in_the_second)
-    assert len(list(tmp_path.glob("shard-*"))) == 1
+    assert len(list(tmp_path.glob("shard-*.npy"))) == 1
     with pytest.raises(FileNotFoundError, match="did not finish"):
         arrays.Store(tmp_path)
     write(tmp_path, produce=fail_in_the_second)
@@ -179,11 +179,43 @@ def test_damaged_shards_are_noticed_on_opening(tmp_path):
         arrays.Store(tmp_path)
 
 
+def test_damage_before_the_store_is_finished_is_noticed(tmp_path):
+    def fail_in_the_second(positions):
+        if 0 not in positions:
+            raise KeyboardInterrupt
+        yield from ((int(p), rows_of(int(p), None)) for p in positions)
+
+    with pytest.raises(KeyboardInterrupt):
+        write(tmp_path, produce=fail_in_the_second)
+    path = tmp_path / "shard-00000-of-00003.npy"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    write(tmp_path)
+    with pytest.raises(ValueError, match=r"shard-00000-of-00003\.npy: is not what its card says"):
+        arrays.Store(tmp_path).check()
+    path.unlink()
+    (tmp_path / "card.json").unlink()
+    write(tmp_path)
+    arrays.Store(tmp_path).check()
+
+
+def test_shards_whose_digest_was_not_kept_are_sealed_as_they_are(tmp_path):
+    """An unfinished store of 0.2.0."""
+    write(tmp_path)
+    wanted = (tmp_path / "card.json").read_text()
+    (tmp_path / "card.json").unlink()
+    write(tmp_path, produce=lambda positions: pytest.fail("made again"))
+    assert (tmp_path / "card.json").read_text() == wanted
+
+
 def test_a_kill_right_after_the_card_leaves_no_plan(tmp_path):
     write(tmp_path)
+    names = sorted(path.name for path in tmp_path.iterdir())
     (tmp_path / arrays.PLAN).write_text("{}")
+    (tmp_path / "shard-00000-of-00003.json").write_text("{}")
     assert arrays.is_made(tmp_path, {"layer": 6})
-    assert not (tmp_path / arrays.PLAN).exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == names
     (tmp_path / "card.json").unlink()
     (tmp_path / arrays.PLAN).write_text("{}")
     assert not arrays.is_made(tmp_path, {"layer": 6})

@@ -138,13 +138,49 @@ def test_six_channels_are_averaged():
     np.testing.assert_allclose(got_S, channels.mean(axis=1), atol=1e-6)
 
 
-@pytest.mark.parametrize("container", ["WAV", "AIFF", "AU"])
-def test_a_file_that_is_shorter_than_its_header_says_is_rejected(container):
+@pytest.mark.parametrize(
+    ("container", "subtype"),
+    [
+        *[(name, "PCM_16") for name in ("WAV", "AIFF", "AU", "W64", "RF64", "CAF", "NIST", "FLAC")],
+        ("OGG", "VORBIS"), ("OGG", "OPUS"), ("MP3", "MPEG_LAYER_III"),
+    ],
+)  # fmt: skip
+def test_a_file_that_is_cut_short_is_rejected(container, subtype):
+    noise = np.random.default_rng(0).normal(0, 0.1, 4 * RATE)
+    whole = file_of(noise, RATE, format=container, subtype=subtype).getvalue()
+    assert sum(map(len, audio.blocks(audio.open_file(io.BytesIO(whole))))) == 4 * RATE
+    for missing in (300, 1000, len(whole) // 2):
+        cut = io.BytesIO(whole[:-missing])
+        with pytest.raises(audio.Rejected, match=r"ends early: |unreadable: "):
+            list(audio.blocks(audio.open_file(cut)))
+
+
+@pytest.mark.parametrize("container", ["WAV", "AIFF", "AU", "W64"])
+def test_a_header_may_count_itself_in(container):
     noise = np.random.default_rng(0).normal(0, 0.1, 4 * RATE)
     whole = file_of(noise, RATE, format=container, subtype="PCM_16").getvalue()
-    audio.open_file(io.BytesIO(whole[:-64]))  # two milliseconds
-    with pytest.raises(audio.Rejected, match=r"ends early: \d+ of \d+ bytes"):
-        audio.open_file(io.BytesIO(whole[: len(whole) // 2]))
+    audio.open_file(io.BytesIO(whole[:-44]))
+
+
+@pytest.mark.parametrize("rate", [RATE, 44_100])
+def test_an_mp3_whose_length_is_a_guess_is_read_whole_or_rejected(rate):
+    """Without the Xing or Info header, which is its first frame."""
+    random = np.random.default_rng(0)
+    noise = random.normal(0, 0.1, 20 * rate) * np.repeat(random.random(200), rate // 10)
+    for mode, is_read in (("CONSTANT", True), ("VARIABLE", False)):
+        mp3 = file_of(
+            noise, rate, format="MP3", bitrate_mode=mode, compression_level=0.5
+        ).getvalue()
+        headless = mp3[mp3.index(mp3[:2], 200) :]
+        for content in (headless, headless + b"TAG" + bytes(125)):
+            sound = audio.open_file(io.BytesIO(content))
+            if is_read:
+                assert sum(map(len, audio.blocks(sound))) >= 20 * RATE
+                continue
+            with pytest.raises(audio.Rejected, match="says no length: there is more after"):
+                list(audio.blocks(sound))
+        whole = audio.open_file(io.BytesIO(mp3 + b"TAG" + bytes(125)))
+        assert sum(map(len, audio.blocks(whole))) == 20 * RATE
 
 
 def test_a_stream_of_unknown_length_is_read_as_long_as_it_is():
