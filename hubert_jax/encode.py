@@ -23,7 +23,7 @@ from etils import epath
 from hubert_jax import checkpoints, extract, sharding
 from hubert_jax.data import audio, cards, codebooks
 from hubert_jax.model import Encoder
-from hubert_jax.ops import frames, kmeans, windows
+from hubert_jax.ops import frames, nearest, windows
 
 # Windows are padded to one of these (1, 3, 8, 16, 30 s), and XLA compiles each length once.
 LADDER = np.array([50, 150, 400, 800, windows.WINDOW + 2]) * frames.HOP  # samples
@@ -288,4 +288,4 @@ def assign(features_TD: np.ndarray, centers_CD: np.ndarray) -> np.ndarray:
     return np.concatenate(codes).astype(np.int32)
 
 
-_assign = jax.jit(kmeans.assign)
+_assign = jax.jit(nearest.assign)

@@ -17,7 +17,7 @@ from hubert_jax import sharding
 from hubert_jax.bench import peers
 from hubert_jax.bench.ours import NAME
 from hubert_jax.bench.timing import Contender, Work
-from hubert_jax.ops import kmeans, plus_plus, rows
+from hubert_jax.ops import kmeans, nearest, plus_plus, rows
 
 SHARD_ROWS = 500_000  # of generated features; where there are more, they are float16
 
@@ -144,9 +144,8 @@ def full_passes(shards: Sequence[np.ndarray], centers_CD, found: Found) -> list[
 
         def work():
             placed_CD = reader.replicate(centers_CD)
-            with kmeans._no_bar("", None) as bar:
-                sums = kmeans._full_pass(reader, placed_CD, bar=bar)
-            found[NAME] = [np.asarray(kmeans._means(sums, placed_CD))]
+            sums = kmeans.full_pass(reader, kmeans.State(placed_CD, np.zeros(0), ""))
+            found[NAME] = [np.asarray(nearest.means(sums, placed_CD))]
 
         return work
 
@@ -188,7 +187,7 @@ def assignments(rows_ND, centers_CD) -> list[Contender]:
     """The nearest centre of every row; faiss by its exact search."""
 
     def ours() -> Work:
-        assign = jax.jit(kmeans.assign)
+        assign = jax.jit(nearest.assign)
         return lambda: np.asarray(assign(rows_ND, centers_CD))
 
     def of_faiss() -> Work:
@@ -207,7 +206,7 @@ def _if_installed(package: str, contender: Contender) -> list[Contender]:
 
 def inertia(features_ND, centers_CD) -> float:
     """Mean squared distance of a row to its nearest centre, in float64 from float32 distances."""
-    codes_N = np.asarray(jax.jit(kmeans.assign)(features_ND, centers_CD))
+    codes_N = np.asarray(jax.jit(nearest.assign)(features_ND, centers_CD))
     return float(np.mean(np.sum(np.square(features_ND - centers_CD[codes_N], dtype=float), axis=1)))
 
 

@@ -228,6 +228,10 @@ def stream(
         )
     iterator = iter(loaded)
     try:
+        with workers.shielded():
+            first = next(iterator, None)  # the loaders start
+        if first is not None:
+            yield first
         yield from iterator
     finally:
         iterator.close()

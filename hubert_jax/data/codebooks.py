@@ -1,10 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """A codebook on disk: codebook.npz, its centres, and codebook.json, the card that says of what.
 
+While it is fitted there is codebook.unfinished.npz instead: where the fit stands, and of what.
+
 C codes, D width
 """
 
-from collections.abc import Mapping
+import json
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,6 +15,7 @@ from etils import epath
 
 from hubert_jax.data import cards, places
 
+UNFINISHED = "codebook.unfinished.npz"
 MAX_CODES = np.iinfo(np.int16).max + 1  # labels are stored as int16
 
 
@@ -42,6 +46,38 @@ def write(
         **results,
     )
     cards.write(path.with_suffix(".json"), card)
+
+
+def keep_unfinished(
+    folder: epath.Path, arrays: Mapping[str, np.ndarray], *, made_from: cards.Card
+) -> None:
+    """Where a fit stands, for `read_unfinished`."""
+    made = np.array(json.dumps(cards.normal(made_from), sort_keys=True))
+    with cards.whole(folder / UNFINISHED) as unfinished, unfinished.open("wb") as file:
+        np.savez(file, made_from=made, **arrays)  # type: ignore[arg-type]
+
+
+def read_unfinished(
+    folder: epath.Path, kinds: Mapping[str, str], *, may_lack: Sequence[str], made_from: cards.Card
+) -> dict[str, np.ndarray] | None:
+    """Where a fit stands, as cards.read_arrays; None where none is under way.
+
+    Raises ValueError where it is damaged or of something else.
+    """
+    path = folder / UNFINISHED
+    if not path.exists():
+        return None
+    arrays = cards.read_arrays(path, {**kinds, "made_from": "U"}, may_lack=may_lack)
+    made = json.loads(arrays.pop("made_from").item())
+    difference = cards.first_difference(made, cards.normal(made_from))
+    if difference is not None:
+        field, found, expected = difference
+        raise ValueError(f"{path}: {field} was {found!r}, this run has {expected!r}")
+    return arrays
+
+
+def forget_unfinished(folder: epath.Path) -> None:
+    (folder / UNFINISHED).unlink(missing_ok=True)
 
 
 def read_card(path: epath.PathLike) -> cards.Card:

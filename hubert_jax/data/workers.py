@@ -2,15 +2,17 @@
 """Spawned worker processes that report what they have done and end with the process they serve."""
 
 import concurrent.futures
+import contextlib
 import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterable, Sequence
-from multiprocessing import connection
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from multiprocessing import connection, resource_tracker
 from typing import Any
 
 SECONDS_BETWEEN_REPORTS = 0.2
+SHIELDED = (signal.SIGINT, signal.SIGTERM)
 SECONDS_AFTER_SIGTERM = 60.0  # that a loader still serves: whoever reads from it saves first
 
 Report = Callable[[float], None]
@@ -83,6 +85,17 @@ def _start_worker(queue, stop) -> None:
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
+@contextlib.contextmanager
+def shielded() -> Iterator[None]:
+    """Loaders that are started within get SIGINT and SIGTERM once they `serve`, and not before."""
+    resource_tracker.ensure_running()  # when it starts, it lets these signals through again
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, SHIELDED)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def serve(index: int, count: int) -> None:
     """What loader `index` of `count` does first: SIGINT and SIGTERM are for the process it serves.
 
@@ -90,6 +103,7 @@ def serve(index: int, count: int) -> None:
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: _end_later())
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SHIELDED)
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 

@@ -7,38 +7,35 @@
                   until the smoothed inertia no longer falls
     full passes   Lloyd: every centre becomes the mean of its frames; no centre is left empty
 
-Distances are matmuls over a few thousand frames at a time. Frames are split over the devices of a
-mesh; whatever depends on chance is drawn on the host and seeding runs on one device, so the number
-of devices changes nothing but the order of float32 sums. Sources: Sculley (2010) for mini-batches,
-scikit-learn's MiniBatchKMeans for when they end.
+Frames are split over the devices of a mesh; whatever depends on chance is drawn on the host and
+seeding runs on one device, so the number of devices changes nothing but the order of float32 sums.
+Between two batches a fit is a `State`, from which another process goes on to the same bits.
+Sources: Sculley (2010) for mini-batches, scikit-learn's MiniBatchKMeans for when they end.
 
-N rows (frames), D width, C codes, R restarts, G groups (chunks) of rows
+N rows (frames), D width, C codes, R restarts, S swaps, L candidates
 """
 
-import collections
 import contextlib
 import dataclasses
 import functools
+import json
 import math
 import types
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar, NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec as P
 
-from hubert_jax.ops import plus_plus, rows
+from hubert_jax.ops import nearest, plus_plus, rows
 
-CHUNK_ROWS = 4096  # rows whose distances exist at one time: 1.6 MB at 100 codes, 8 MB at 500
 PASS_CHUNKS = 4  # chunks a device that a full pass reads at a time
 SEEDING_ROWS = 16_384  # of the sample, or 32 a code if that is more: for restarts and swaps
 FORGETTING = 4  # a pass starts with counts / 4: earlier rows went to centres that have moved since
 INERTIA_LAG = 4  # mini-batches between a step and the look at its inertia: no wait for the device
 MAX_REFILLS = 5  # full passes beyond those asked for, to fill empty clusters
-EXACT = jax.lax.Precision.HIGHEST
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,11 +88,76 @@ class KMeans(NamedTuple):
     num_lloyd_passes: int
 
 
-StartBar = Callable[[str, int | None], contextlib.AbstractContextManager[Any]]
+Array = np.ndarray | jax.Array
 
 
-def _no_bar(title: str, total: int | None) -> contextlib.AbstractContextManager[Any]:
-    return contextlib.nullcontext(types.SimpleNamespace(advance=lambda num_rows, note=None: None))
+@dataclasses.dataclass
+class State:
+    """Where a fit stands between two batches: from here it goes on as if it had never stopped.
+
+    Arrays lie on the host or are the same on all devices.
+    """
+
+    centers_CD: Array  # float32
+    counts_C: Array  # int32, the rows that mini-batches have counted for each code
+    random: str  # the generator's state before the pass under way, as JSON
+    num_runs: int = 0  # of neighbouring rows that the pass under way has done
+    # Mini-batches:
+    num_passes: int = 0  # whole ones
+    num_batches: int = 0
+    smoothed: float = math.nan
+    lowest: float = math.inf  # of the smoothed inertia
+    since_lowest: int = 0
+    # (inertia, rows) of those that were not looked at yet
+    pending: list[tuple[float | jax.Array, int]] = dataclasses.field(default_factory=list)
+    # Full passes:
+    num_lloyd_passes: int = -1  # whole ones; -1: the mini-batches are not over
+    inertia: float = math.inf  # of the last whole one
+    sums: nearest.Sums | None = None  # of the one under way
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """All of it on the host, by name: what an .npz can hold. Waits for the devices."""
+        sums = {} if self.sums is None else self.sums._asdict()
+        values = {
+            **{name: value for name, value in vars(self).items() if name != "sums"},
+            "pending": np.reshape([(float(x), num_rows) for x, num_rows in self.pending], (-1, 2)),
+            **{f"sums_{name}": array for name, array in sums.items()},
+        }
+        return {name: np.asarray(value) for name, value in values.items()}
+
+    KINDS: ClassVar[dict[str, str]] = {
+        "centers_CD": "f", "counts_C": "i", "random": "U", "num_runs": "i", "num_passes": "i",
+        "num_batches": "i", "smoothed": "f", "lowest": "f", "since_lowest": "i", "pending": "f",
+        "num_lloyd_passes": "i", "inertia": "f",
+        "sums_features_CD": "f", "sums_counts_C": "i", "sums_inertia": "f",
+    }  # fmt: skip
+    MAY_LACK: ClassVar = ("sums_features_CD", "sums_counts_C", "sums_inertia")
+
+    @classmethod
+    def from_arrays(cls, arrays: Mapping[str, np.ndarray]) -> Self:
+        rest: dict[str, Any] = dict(arrays)
+        sums = [rest.pop(f"sums_{name}", None) for name in nearest.Sums._fields]
+        values = {name: x if x.ndim else x.item() for name, x in rest.items()}
+        values["pending"] = [(inertia, int(rows)) for inertia, rows in rest["pending"].tolist()]
+        return cls(**values, sums=None if sums[0] is None else nearest.Sums(*sums))
+
+
+StartBar = Callable[..., contextlib.AbstractContextManager[Any]]
+NO_BAR = types.SimpleNamespace(advance=lambda num_rows, note=None: None)
+
+
+def _no_bar(
+    title: str, total: int | None, *, done: int = 0
+) -> contextlib.AbstractContextManager[Any]:
+    return contextlib.nullcontext(NO_BAR)
+
+
+def _forget(state: State) -> None:
+    pass
+
+
+def as_json(random: np.random.Generator) -> str:
+    return json.dumps(random.bit_generator.state)
 
 
 def fit(
@@ -105,12 +167,17 @@ def fit(
     seed: int,
     sharding: NamedSharding,
     progress: StartBar = _no_bar,
+    state: State | None = None,
+    keep: Callable[[State], None] = _forget,
 ) -> KMeans:
     """Fits centres to the rows of `shards`: arrays or memory maps (rows, D) of any float type.
 
     `sharding` splits the rows of a batch over the devices. In a run of several processes each calls
     this with the same arguments, reads its own rows, and gets the same result. Each phase calls
-    `progress(title, total rows or None)` for a context manager with `advance(rows, note=text)`.
+    `progress(title, total rows or None, done=rows)` for a context manager with
+    `advance(rows, note=text)`. `keep` is called after the seeding and after every batch with the
+    state, of which only `State.arrays` may be kept; given as `state` to a later call with the same
+    other arguments, that one ends with the same result.
     Raises ValueError when there are fewer rows, or fewer distinct rows, than codes.
     """
     reader = rows.Reader(shards, sharding)
@@ -123,163 +190,22 @@ def fit(
     seed_rows = min(config.seed_rows, reader.num_rows)
     with progress("k-means seeding", seed_rows) as bar:
         sample_ND = reader.sample(seed_rows, random)
-        centers_CD, counts_C = best_seeding(sample_ND, config, random)
+        if state is None:
+            centers_CD, counts_C = best_seeding(sample_ND, config, random)
+            state = State(centers_CD, counts_C, as_json(random))
+            keep(state)
         bar.advance(seed_rows)
-    with progress("k-means mini-batches", None) as bar:
-        state = reader.replicate((centers_CD, counts_C))
-        state, num_batches = _mini_batches(reader, state, config, random, bar=bar)
-
-    centers_CD, inertia = state[0], math.inf
-    with progress("k-means full passes", (config.lloyd_passes + 1) * reader.num_rows) as bar:
-        for num_lloyd in range(config.lloyd_passes + 1 + MAX_REFILLS):
-            before, sums = inertia, _full_pass(reader, centers_CD, bar=bar)
-            inertia, counts_C = float(sums.inertia) / reader.num_rows, np.asarray(sums.counts_C)
-            settled = inertia >= (1 - config.lloyd_tolerance) * before
-            bar.advance(0, note=f"inertia {inertia:.5g}")
-            if counts_C.all() and (settled or num_lloyd >= config.lloyd_passes):
-                counts_C = counts_C.astype(np.int64)
-                return KMeans(np.asarray(centers_CD), counts_C, inertia, num_batches, num_lloyd)
-            centers_CD = _means(sums, centers_CD)
-            if not counts_C.all():
-                centers_CD = refill(sample_ND, np.asarray(centers_CD), counts_C > 0, random)
-                centers_CD = reader.replicate(centers_CD)
-    raise ValueError(
-        f"{np.sum(counts_C == 0)} of {config.num_codes} clusters stay empty: too few of the "
-        f"{seed_rows} frames in the sample differ; lower kmeans.num_codes or raise kmeans.seed_rows"
-    )
-
-
-def assign(features_ND: jax.Array, centers_CD: jax.Array) -> jax.Array:
-    """The nearest centre of every row, int32 N; of equally near ones the first.
-
-    On a CPU a chunk at a time, whose distances stay in its cache. Elsewhere, where rows may be
-    split over devices, it holds N x C distances: call it on a batch. Under jit.
-    """
-    offset_D = jnp.mean(centers_CD, axis=0)
-    shifted_CD = centers_CD - offset_D
-
-    def nearest(features_ND):
-        return _nearest(features_ND.astype(jnp.float32) - offset_D, shifted_CD)[0]
-
-    def nearest_by_chunks(features_ND):
-        def assign_chunk(index, codes_N):
-            # The last chunk begins early enough to be a whole one.
-            start = jnp.minimum(index * CHUNK_ROWS, num_rows - CHUNK_ROWS)
-            chunk_ND = jax.lax.dynamic_slice_in_dim(features_ND, start, CHUNK_ROWS)
-            return jax.lax.dynamic_update_slice_in_dim(codes_N, nearest(chunk_ND), start, axis=0)
-
-        num_chunks = -(-num_rows // CHUNK_ROWS)
-        return jax.lax.fori_loop(0, num_chunks, assign_chunk, jnp.zeros(num_rows, jnp.int32))
-
-    num_rows = len(features_ND)
-    if num_rows <= CHUNK_ROWS:
-        return nearest(features_ND)
-    return jax.lax.platform_dependent(features_ND, cpu=nearest_by_chunks, default=nearest)
-
-
-# Distances and sums
-
-
-class Sums(NamedTuple):
-    """What one look at some rows gives: all that either update needs."""
-
-    features_CD: jax.Array  # sum of the rows of each code
-    counts_C: jax.Array  # int32
-    inertia: jax.Array  # sum of squared distances to the nearest centre
-
-
-def _nearest(features_ND, centers_CD) -> tuple[jax.Array, jax.Array]:
-    """Code of every row, and half of its squared distance less half of its own square."""
-    num_codes = len(centers_CD)
-    half_squares_C = 0.5 * jnp.sum(centers_CD * centers_CD, axis=1)
-    scores_CN = half_squares_C[:, None] - jnp.matmul(centers_CD, features_ND.T, precision=EXACT)
-    least_N = jnp.min(scores_CN, axis=0)
-
-    def compare(scores_CN, least_N):  # a fifth of the time of XLA's argmin on a CPU
-        codes_C1 = jnp.arange(num_codes, dtype=jnp.int32)[:, None]
-        return jnp.min(jnp.where(scores_CN == least_N, codes_C1, num_codes - 1), axis=0)
-
-    def argmin(scores_CN, least_N):
-        return jnp.argmin(scores_CN, axis=0).astype(jnp.int32)
-
-    codes_N = jax.lax.platform_dependent(scores_CN, least_N, cpu=compare, default=argmin)
-    return codes_N, least_N
-
-
-def _sums(features_ND, num_valid, centers_CD) -> Sums:
-    """Sums over the first `num_valid` rows, a chunk at a time.
-
-    Rows and centres are shifted to the mean of the centres: |x|^2 - 2 x.c + |c|^2 loses its digits
-    where all of them lie far from 0.
-    """
-    num_rows, width = features_ND.shape
-    num_chunks = -(-num_rows // CHUNK_ROWS)
-    chunk_rows = -(-num_rows // num_chunks)
-    filling = num_chunks * chunk_rows - num_rows
-    chunks_GND = jnp.pad(features_ND, ((0, filling), (0, 0))).reshape(-1, chunk_rows, width)
-    offset_D = jnp.mean(centers_CD, axis=0)
-    shifted_CD = centers_CD - offset_D
-
-    def add(total: Sums, chunk):
-        first_row, chunk_ND = chunk
-        valid_N = first_row + jnp.arange(chunk_rows) < num_valid
-        chunk_ND = jnp.where(valid_N[:, None], chunk_ND.astype(jnp.float32) - offset_D, 0.0)
-        codes_N, least_N = _nearest(chunk_ND, shifted_CD)
-        distances_N = jnp.maximum(jnp.sum(chunk_ND * chunk_ND, axis=1) + 2.0 * least_N, 0.0)
-        return Sums(
-            total.features_CD + _sum_by_code(chunk_ND, codes_N, num_codes=len(centers_CD)),
-            total.counts_C.at[codes_N].add(valid_N.astype(jnp.int32)),
-            total.inertia + jnp.sum(jnp.where(valid_N, distances_N, 0.0)),
-        ), None
-
-    first_rows_G = jnp.arange(num_chunks) * chunk_rows
-    total, _ = jax.lax.scan(add, _no_sums(centers_CD), (first_rows_G, chunks_GND))
-    shift_CD = total.counts_C[:, None].astype(jnp.float32) * offset_D
-    return total._replace(features_CD=total.features_CD + shift_CD)
-
-
-def _sum_by_code(features_ND, codes_N, *, num_codes: int) -> jax.Array:
-    """Sum of the rows of each code: on a CPU a loop over the rows, elsewhere a matmul.
-
-    A scatter is slow on a TPU, and on a GPU its order, and so its rounding, is left to chance.
-    """
-
-    def scatter(features_ND, codes_N):
-        return jnp.zeros((num_codes, features_ND.shape[1])).at[codes_N].add(features_ND)
-
-    def matmul(features_ND, codes_N):
-        chosen_CN = jnp.arange(num_codes)[:, None] == codes_N
-        return jnp.matmul(chosen_CN.astype(jnp.float32), features_ND, precision=EXACT)
-
-    return jax.lax.platform_dependent(features_ND, codes_N, cpu=scatter, default=matmul)
-
-
-def _no_sums(centers_CD) -> Sums:
-    num_codes = len(centers_CD)
-    return Sums(jnp.zeros(centers_CD.shape), jnp.zeros(num_codes, jnp.int32), jnp.zeros(()))
-
-
-@jax.jit
-def _means(sums: Sums, centers_CD) -> jax.Array:
-    """The mean of each code's rows; a code without any keeps its centre."""
-    counts_C1 = sums.counts_C[:, None]
-    return jnp.where(counts_C1 > 0, sums.features_CD / jnp.maximum(counts_C1, 1), centers_CD)
-
-
-def _sharded_sums(features_ND, num_valid, centers_CD, *, sharding: NamedSharding) -> Sums:
-    """`_sums` of rows that are split over devices: each its own, then one all-reduce."""
-    axes = sharding.spec[0]
-
-    def local(local_ND, num_valid, centers_CD) -> Sums:
-        first_row = jax.lax.axis_index(axes) * len(local_ND)
-        return jax.lax.psum(_sums(local_ND, num_valid - first_row, centers_CD), axes)
-
-    in_specs = (sharding.spec, P(), P())
-    # check_vma refuses a scan whose total begins equal on all devices and then differs.
-    add = jax.shard_map(
-        local, mesh=sharding.mesh, in_specs=in_specs, out_specs=P(), check_vma=False
-    )
-    return add(features_ND, num_valid, centers_CD)
+    random.bit_generator.state = json.loads(state.random)
+    if state.num_lloyd_passes < 0:
+        done = state.num_batches * config.batch_rows
+        with progress("k-means mini-batches", None, done=done) as bar:
+            _mini_batches(reader, state, config, random, bar=bar, keep=keep)
+        state.num_lloyd_passes, state.num_runs, state.random = 0, 0, as_json(random)
+    done = min(state.num_runs * rows.RUN_ROWS, reader.num_rows)
+    done += state.num_lloyd_passes * reader.num_rows
+    total = (config.lloyd_passes + 1) * reader.num_rows
+    with progress("k-means full passes", total, done=done) as bar:
+        return _full_passes(reader, state, config, random, sample_ND, bar=bar, keep=keep)
 
 
 # The three phases
@@ -309,7 +235,7 @@ def _best_seeding(sample_ND, uniform_CRL, uniform_GSL):
     part_ND = sample_ND[:: max(1, len(sample_ND) // max(SEEDING_ROWS, 32 * len(uniform_CRL)))]
 
     def lloyd(rows_ND, centers_CD):
-        return _means(_sums(rows_ND, len(rows_ND), centers_CD), centers_CD)
+        return nearest.means(nearest.code_sums(rows_ND, len(rows_ND), centers_CD), centers_CD)
 
     def lloyd_on_part(centers_CD, _):
         return lloyd(part_ND, centers_CD), None
@@ -319,12 +245,12 @@ def _best_seeding(sample_ND, uniform_CRL, uniform_GSL):
 
     def improve(centers_CD):
         centers_CD, _ = jax.lax.scan(lloyd_on_part, centers_CD, length=len(uniform_GSL))
-        return centers_CD, _sums(part_ND, len(part_ND), centers_CD).inertia
+        return centers_CD, nearest.code_sums(part_ND, len(part_ND), centers_CD).inertia
 
     centers_RCD, inertia_R = jax.lax.map(improve, plus_plus.seed(part_ND, uniform_CRL))
     best_CD = centers_RCD[jnp.argmin(inertia_R)]
     best_CD, _ = jax.lax.scan(swap_and_lloyd, best_CD, uniform_GSL)
-    return best_CD, _sums(sample_ND, len(sample_ND), best_CD).counts_C
+    return best_CD, nearest.code_sums(sample_ND, len(sample_ND), best_CD).counts_C
 
 
 def refill(sample_ND, centers_CD, kept_C, random: np.random.Generator) -> np.ndarray:
@@ -337,52 +263,110 @@ _refill = jax.jit(plus_plus.refill)
 
 
 def _mini_batches(
-    reader: rows.Reader, state, config: KMeansConfig, random: np.random.Generator, *, bar
-):
-    """State (centres, counts) after the mini-batches, and how many there were."""
-    smoothing = min(1.0, 2 * config.batch_rows / (reader.num_rows + 1))  # scikit-learn's
-    smoothed, lowest, since_lowest, num_batches = math.nan, math.inf, 0, 0
-    pending: collections.deque[tuple[jax.Array, int]] = collections.deque()
-    for _ in range(config.max_passes):
-        state = (state[0], state[1] // FORGETTING)
-        for batch in reader.shuffled(config.batch_rows, random):
-            state, inertia = _mini_batch(state, *batch, sharding=reader.sharding)
-            num_batches += 1
+    reader: rows.Reader,
+    state: State,
+    config: KMeansConfig,
+    random: np.random.Generator,
+    *,
+    bar,
+    keep: Callable[[State], None],
+) -> None:
+    """Moves the state on by mini-batches, until they no longer help."""
+    state.centers_CD, state.counts_C = reader.replicate((state.centers_CD, state.counts_C))
+    for _ in range(state.num_passes, config.max_passes):
+        state.random = as_json(random)
+        if state.num_runs == 0:
+            state.counts_C = state.counts_C // FORGETTING
+        for batch in reader.shuffled(config.batch_rows, random, first_run=state.num_runs):
+            (state.centers_CD, state.counts_C), inertia = _mini_batch(
+                (state.centers_CD, state.counts_C), batch.features_ND, batch.num_rows,
+                sharding=reader.sharding,
+            )  # fmt: skip
+            state.num_batches += 1
+            state.num_runs = batch.next_run
+            state.pending.append((inertia, batch.num_rows))
             bar.advance(batch.num_rows)
-            pending.append((inertia, batch.num_rows))
-            if len(pending) <= INERTIA_LAG:
-                continue
-            inertia, num_rows = pending.popleft()
-            now = float(inertia) / num_rows
-            smoothed = now if math.isnan(smoothed) else smoothed + smoothing * (now - smoothed)
-            bar.advance(0, note=f"inertia {smoothed:.5g}")
-            since_lowest = 0 if smoothed < lowest else since_lowest + 1
-            lowest = min(lowest, smoothed)
-            if since_lowest >= config.patience:
-                return state, num_batches
-    return state, num_batches
+            if len(state.pending) > INERTIA_LAG:
+                _look(state, smoothing=2 * config.batch_rows / (reader.num_rows + 1))
+                bar.advance(0, note=f"inertia {state.smoothed:.5g}")
+                if state.since_lowest >= config.patience:
+                    return
+            keep(state)
+        state.num_passes, state.num_runs = state.num_passes + 1, 0
+
+
+def _look(state: State, *, smoothing: float) -> None:
+    """Smooths the inertia of the oldest mini-batch that was not looked at; as scikit-learn."""
+    inertia, num_rows = state.pending.pop(0)
+    now = float(inertia) / num_rows
+    step = min(1.0, smoothing) * (now - state.smoothed)
+    state.smoothed = now if math.isnan(state.smoothed) else state.smoothed + step
+    state.since_lowest = 0 if state.smoothed < state.lowest else state.since_lowest + 1
+    state.lowest = min(state.lowest, state.smoothed)
 
 
 @functools.partial(jax.jit, static_argnames="sharding", donate_argnames="state")
 def _mini_batch(state, features_ND, num_valid, *, sharding: NamedSharding):
     """Every centre becomes the mean of the rows counted for it: its learning rate is 1 / count."""
     centers_CD, counts_C = state
-    sums = _sharded_sums(features_ND, num_valid, centers_CD, sharding=sharding)
+    sums = nearest.sharded_code_sums(features_ND, num_valid, centers_CD, sharding=sharding)
     counts_C = counts_C + sums.counts_C
     step_CD = sums.features_CD - sums.counts_C[:, None] * centers_CD
     centers_CD = centers_CD + step_CD / jnp.maximum(counts_C, 1)[:, None]
     return (centers_CD, counts_C), sums.inertia
 
 
-def _full_pass(reader: rows.Reader, centers_CD, *, bar) -> Sums:
-    total = reader.replicate(_no_sums(centers_CD))
-    for batch in reader.in_order(PASS_CHUNKS * CHUNK_ROWS * reader.num_devices):
-        total = _accumulate(total, *batch, centers_CD, sharding=reader.sharding)
+def _full_passes(
+    reader: rows.Reader,
+    state: State,
+    config: KMeansConfig,
+    random: np.random.Generator,
+    sample_ND: np.ndarray,
+    *,
+    bar,
+    keep: Callable[[State], None],
+) -> KMeans:
+    """Moves the state on by full passes, to the codebook."""
+    state.centers_CD = reader.replicate(state.centers_CD)
+    for num_lloyd in range(state.num_lloyd_passes, config.lloyd_passes + 1 + MAX_REFILLS):
+        sums = full_pass(reader, state, bar=bar, keep=keep)
+        before, state.inertia = state.inertia, float(sums.inertia) / reader.num_rows
+        counts_C = np.asarray(sums.counts_C)
+        settled = state.inertia >= (1 - config.lloyd_tolerance) * before
+        bar.advance(0, note=f"inertia {state.inertia:.5g}")
+        if counts_C.all() and (settled or num_lloyd >= config.lloyd_passes):
+            centers_CD, counts_C = np.asarray(state.centers_CD), counts_C.astype(np.int64)
+            return KMeans(centers_CD, counts_C, state.inertia, state.num_batches, num_lloyd)
+        state.centers_CD = nearest.means(sums, state.centers_CD)
+        if not counts_C.all():
+            filled_CD = refill(sample_ND, np.asarray(state.centers_CD), counts_C > 0, random)
+            state.centers_CD, state.random = reader.replicate(filled_CD), as_json(random)
+        state.num_lloyd_passes, state.num_runs, state.sums = num_lloyd + 1, 0, None
+    raise ValueError(
+        f"{np.sum(counts_C == 0)} of {config.num_codes} clusters stay empty: too few of the "
+        f"{len(sample_ND)} frames in the sample differ; lower kmeans.num_codes or raise"
+        " kmeans.seed_rows"
+    )
+
+
+def full_pass(
+    reader: rows.Reader, state: State, *, bar=NO_BAR, keep: Callable[[State], None] = _forget
+) -> nearest.Sums:
+    """The sums of all rows: of those of the state, and of the rest."""
+    state.sums = reader.replicate(state.sums or nearest.no_sums(state.centers_CD))
+    batch_rows = PASS_CHUNKS * nearest.CHUNK_ROWS * reader.num_devices
+    for batch in reader.in_order(batch_rows, first_run=state.num_runs):
+        state.sums = _accumulate(
+            state.sums, batch.features_ND, batch.num_rows, state.centers_CD,
+            sharding=reader.sharding,
+        )  # fmt: skip
+        state.num_runs = batch.next_run
         bar.advance(batch.num_rows)
-    return total
+        keep(state)
+    return state.sums
 
 
 @functools.partial(jax.jit, static_argnames="sharding", donate_argnames="total")
-def _accumulate(total, features_ND, num_valid, centers_CD, *, sharding: NamedSharding) -> Sums:
-    sums = _sharded_sums(features_ND, num_valid, centers_CD, sharding=sharding)
+def _accumulate(total, features_ND, num_valid, centers_CD, *, sharding: NamedSharding):
+    sums = nearest.sharded_code_sums(features_ND, num_valid, centers_CD, sharding=sharding)
     return jax.tree.map(jnp.add, total, sums)

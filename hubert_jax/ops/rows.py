@@ -27,6 +27,7 @@ class Batch(NamedTuple):
 
     features_ND: jax.Array
     num_rows: int
+    next_run: int  # the number of runs that a pass has given once it has given this batch
 
 
 class Reader:
@@ -44,15 +45,17 @@ class Reader:
         """How many devices the rows of a batch are split over."""
         return math.prod(self.sharding.mesh.shape[axis] for axis in self.sharding.spec[0])
 
-    def in_order(self, batch_rows: int) -> Iterator[Batch]:
-        """All rows as they lie in the shards."""
+    def in_order(self, batch_rows: int, *, first_run: int = 0) -> Iterator[Batch]:
+        """All rows as they lie in the shards, but those of the runs before `first_run`."""
         starts = np.arange(0, self.num_rows, RUN_ROWS)
-        return self._read_ahead(starts, batch_rows)
+        return self._read_ahead(starts, batch_rows, first_run)
 
-    def shuffled(self, batch_rows: int, random: np.random.Generator) -> Iterator[Batch]:
+    def shuffled(
+        self, batch_rows: int, random: np.random.Generator, *, first_run: int = 0
+    ) -> Iterator[Batch]:
         """All rows, each batch made of runs of RUN_ROWS from anywhere in the shards."""
         starts = np.arange(0, self.num_rows, RUN_ROWS)
-        return self._read_ahead(random.permutation(starts), batch_rows)
+        return self._read_ahead(random.permutation(starts), batch_rows, first_run)
 
     def sample(self, num_rows: int, random: np.random.Generator) -> np.ndarray:
         """`num_rows` different rows, evenly at random, in host memory."""
@@ -63,19 +66,20 @@ class Reader:
         """The same arrays on every device."""
         return jax.device_put(tree, NamedSharding(self.sharding.mesh, P()))
 
-    def _read_ahead(self, starts: np.ndarray, batch_rows: int) -> Iterator[Batch]:
+    def _read_ahead(self, starts: np.ndarray, batch_rows: int, first_run: int) -> Iterator[Batch]:
         runs = max(1, min(batch_rows, self.num_rows) // RUN_ROWS)  # of one batch
         with concurrent.futures.ThreadPoolExecutor(1) as reader:
             ahead: collections.deque[concurrent.futures.Future[Batch]] = collections.deque()
-            for first in range(0, len(starts), runs):
-                ahead.append(reader.submit(self._batch, starts[first : first + runs], runs))
+            for first in range(first_run, len(starts), runs):
+                ahead.append(reader.submit(self._batch, starts, first, runs))
                 if len(ahead) > READ_AHEAD:
                     yield ahead.popleft().result()
             while ahead:
                 yield ahead.popleft().result()
 
-    def _batch(self, starts: np.ndarray, num_runs: int) -> Batch:
-        stretches = _stretches(np.sort(starts), self.num_rows)
+    def _batch(self, starts: np.ndarray, first: int, num_runs: int) -> Batch:
+        next_run = min(first + num_runs, len(starts))
+        stretches = _stretches(np.sort(starts[first:next_run]), self.num_rows)
         padded_rows = -(-num_runs * RUN_ROWS // self.num_devices) * self.num_devices
 
         def local(index) -> np.ndarray:
@@ -84,7 +88,8 @@ class Reader:
 
         shape = (padded_rows, self.width)
         features_ND = jax.make_array_from_callback(shape, self.sharding, local)
-        return Batch(features_ND, sum(stop - start for start, stop in stretches))
+        num_rows = sum(stop - start for start, stop in stretches)
+        return Batch(features_ND, num_rows, next_run)
 
     def _read(self, stretches: Sequence[tuple[int, int]], num_rows: int) -> np.ndarray:
         """The rows of all stretches, then zeros up to `num_rows`."""

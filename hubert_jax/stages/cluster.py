@@ -3,11 +3,13 @@
 
 Reads WORK/<iteration>/features; writes WORK/<iteration>/codebook.npz (centers_CD float32, counts,
 inertia) and codebook.json, its card. The features are read shard by shard as the devices need them.
+Where the fit stands is kept beside them every KEEP_SECONDS; started again, it goes on from there.
 """
 
 import dataclasses
 import functools
 import time
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -17,6 +19,8 @@ from ml_collections import ConfigDict
 from hubert_jax import logs, processes, sharding
 from hubert_jax.data import arrays, cards, codebooks
 from hubert_jax.ops import kmeans, scores
+
+KEEP_SECONDS = 10.0
 
 
 def run(config: ConfigDict, workdir: epath.Path) -> None:
@@ -33,6 +37,7 @@ def run(config: ConfigDict, workdir: epath.Path) -> None:
         expected = {"num_codes": settings.num_codes, **source_of(config)}
         cards.require(path.with_suffix(".json"), card, **expected)
         logs.info(f"{path}: imported before")
+        codebooks.forget_unfinished(folder)
         return
     store = open_features(folder / "features", config)
     made_from = {
@@ -42,19 +47,25 @@ def run(config: ConfigDict, workdir: epath.Path) -> None:
     }
     if cards.is_made(path.with_suffix(".json"), made_from):
         logs.info(f"{path}: done before")
+        codebooks.forget_unfinished(folder)
         return
 
     started = time.monotonic()
+    state = unfinished(folder, made_from)
+    processes.wait("k-means")  # all have read it before the first one writes it again
     codebook = kmeans.fit(
         [store.shard(shard) for shard in range(store.num_shards)],
         settings,
         seed=config.seed,
         sharding=sharding.batch_sharding(sharding.make_mesh(data=-1, fsdp=1, tensor=1)),
         progress=functools.partial(logs.Progress, unit="frames"),
+        state=state,
+        keep=keeper(folder, made_from),
     )
     seconds = time.monotonic() - started
     if processes.is_first():
         write(path, codebook, store, made_from)
+        codebooks.forget_unfinished(folder)
     processes.wait("codebook")  # the next stage reads it
     logs.info(f"{path}: {summary(codebook)}, {seconds:.1f} s")
 
@@ -80,6 +91,37 @@ def source_of(config: ConfigDict) -> dict[str, Any]:
     features = config.features
     layer = {"source__layer": features.layer} if features.kind == "layer" else {}
     return {"source__kind": features.kind, **layer}
+
+
+def unfinished(folder: epath.Path, made_from: cards.Card) -> kmeans.State | None:
+    """Where an interrupted fit stands; None where there is none that can be gone on with."""
+    kinds, may_lack = kmeans.State.KINDS, kmeans.State.MAY_LACK
+    try:
+        arrays = codebooks.read_unfinished(folder, kinds, may_lack=may_lack, made_from=made_from)
+    except ValueError as error:
+        logs.info(f"{error}; k-means begins anew")
+        return None
+    if arrays is None:
+        return None
+    state = kmeans.State.from_arrays(arrays)
+    logs.info(
+        f"{folder}: k-means goes on after {state.num_batches} mini-batches and"
+        f" {max(state.num_lloyd_passes, 0)} full passes"
+    )
+    return state
+
+
+def keeper(folder: epath.Path, made_from: cards.Card) -> Callable[[kmeans.State], None]:
+    """Writes the state it is called with, where it is some time since it last did."""
+    last = time.monotonic()
+
+    def keep(state: kmeans.State) -> None:
+        nonlocal last
+        if processes.is_first() and time.monotonic() - last >= KEEP_SECONDS:
+            codebooks.keep_unfinished(folder, state.arrays(), made_from=made_from)
+            last = time.monotonic()
+
+    return keep
 
 
 def write(

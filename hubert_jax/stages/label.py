@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 from hubert_jax import extract, logs, sharding
 from hubert_jax.data import arrays, cards, codebooks, labels
 from hubert_jax.data.corpus import Corpus
-from hubert_jax.ops import kmeans
+from hubert_jax.ops import nearest
 
 
 def run(config: ConfigDict, workdir: epath.Path) -> None:
@@ -111,5 +111,5 @@ def is_imported(folder: epath.Path, name: str, corpus: Corpus, config: ConfigDic
 @jax.jit
 def _assign(features_BTD: jax.Array, centers_CD: jax.Array) -> jax.Array:
     batch, num_frames, width = features_BTD.shape
-    codes_N = kmeans.assign(features_BTD.reshape(-1, width), centers_CD)
+    codes_N = nearest.assign(features_BTD.reshape(-1, width), centers_CD)
     return codes_N.reshape(batch, num_frames).astype(np.int16)

@@ -2,12 +2,14 @@
 """SIGKILL and SIGTERM at any moment; then the same command until it is done.
 
 A trial is lost where the second start fails, or ends with anything but the reference's files, or
-repeats more than it should: a shard that was whole is written again, or training goes on from
-another checkpoint than the newest one.
+repeats more than it should: a shard that was whole is written again, k-means begins anew, or
+training goes on from another checkpoint than the newest one.
 """
 
+import os
 import pathlib
 import re
+import signal
 import time
 
 from tests.chaos import compare
@@ -16,6 +18,7 @@ from tests.chaos.project import CHECKPOINT_EVERY, Project, Ran, clear
 # Of a checkpoint that is being written in the background, training may be this far ahead.
 STEPS_AHEAD = 2 * CHECKPOINT_EVERY
 GRACE_SECONDS = 30.0  # SLURM's default between SIGTERM and SIGKILL; Kubernetes' as well
+GOES_ON = "k-means goes on after"
 
 
 def trial(project: Project, stage: str, moments: list[str]) -> list[str] | None:
@@ -28,6 +31,7 @@ def trial(project: Project, stage: str, moments: list[str]) -> list[str] | None:
     was_killed = False
     for moment in [*moments, ""]:
         newest, shards = newest_step(project.work), whole_shards(project.work)
+        has_state = any(project.work.glob("*/codebook.unfinished.npz"))
         ran = project.run(stage, CHAOS_KILL=moment)
         is_killed = ran.code == -9 and bool(moment)
         was_killed |= is_killed
@@ -37,6 +41,8 @@ def trial(project: Project, stage: str, moments: list[str]) -> list[str] | None:
             faults.append(f"{len(shards - whole_shards(project.work))} whole shards made again")
         faults += repeated(ran, newest, resumed)
         if not is_killed:
+            if has_state and "done before" not in ran.output and GOES_ON not in ran.output:
+                faults.append("k-means began anew")
             break
         if steps_ahead(project) > STEPS_AHEAD:
             faults.append(f"{steps_ahead(project)} steps are not in a checkpoint")
@@ -91,6 +97,46 @@ def litter(project: Project) -> list[str]:
     names = sorted(path.name for path in folder.iterdir())
     clear(folder)
     return [f"{folder}: {name} left over" for name in names]
+
+
+def loaders(project: Project, number: int, delay: float) -> list[str]:
+    """Training whose batches other processes load, signalled some time after a checkpoint.
+
+    Signal 15 to all of them: it saves first. 9 to training alone: the others end by themselves.
+    Then the same command, loading in threads; what was lost.
+    """
+    project.restore("pretrain")
+    run = project.start("pretrain", "--config.batch.num_workers=2")
+    while newest_step(project.work) == 0 and run.process.poll() is None:
+        time.sleep(0.002)
+    time.sleep(delay)
+    (os.killpg if number == signal.SIGTERM else os.kill)(run.process.pid, number)
+    ran, ended = run.wait(), time.monotonic()
+    faults = []
+    if ran.code not in (0, 130 if number == signal.SIGTERM else -number):
+        faults.append(f"code {ran.code}:\n{ran.output}")
+    while is_group(run.process.pid) and time.monotonic() < ended + GRACE_SECONDS:
+        time.sleep(0.05)
+    if is_group(run.process.pid):
+        faults.append(f"processes are left {GRACE_SECONDS} s after")
+        run.kill()
+    newest, resumed = newest_step(project.work), []
+    again = project.run("pretrain")
+    if again.code:
+        faults.append(f"started again: code {again.code}:\n{again.output}")
+    faults += repeated(again, newest, resumed)
+    faults += compare.differences(project.work, project.after("pretrain"), resumed)
+    faults += litter(project)
+    return [f"loaders, signal {number}: {fault}" for fault in faults]
+
+
+def is_group(number: int) -> bool:
+    """Whether a process of the group is alive."""
+    try:
+        os.killpg(number, 0)
+    except ProcessLookupError:
+        return False
+    return True
 
 
 def terminate(project: Project, stage: str, moment: str) -> tuple[list[str], float, int]:

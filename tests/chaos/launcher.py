@@ -6,7 +6,8 @@
     CHAOS_FOLDER=FOLDER    changes below FOLDER are counted, whichever process makes them:
     CHAOS_CHANGES=FILE     a line for each, with the time: what, name
     CHAOS_KILL=N:SECONDS   SIGKILL so long after line N was written, which is before the change
-    CHAOS_SHARD_SECONDS=S  shards of features and labels may be so short, so that there are some
+    CHAOS_SHARD_SECONDS=S  shards of features and labels may be so short, so that there are some,
+                           and k-means keeps where it stands after every batch
 
 What Python is about to do to a file or folder is told to an audit hook beforehand: opening for
 writing, creating, renaming, linking, removing. So every state that a kill between two changes
@@ -76,6 +77,8 @@ if __name__ == "__main__":
     cli.keep_compiled_programs()
     if "CHAOS_SHARD_SECONDS" in os.environ:
         from hubert_jax import extract
+        from hubert_jax.stages import cluster
 
         extract.MIN_SHARD_SECONDS = float(os.environ["CHAOS_SHARD_SECONDS"])
+        cluster.KEEP_SECONDS = 0.0
     cli.main()

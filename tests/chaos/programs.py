@@ -17,7 +17,12 @@ def damaged(project: Project, what: str, seconds: float) -> list[str] | None:
     shutil.rmtree(folder, ignore_errors=True)
     environment = {"JAX_COMPILATION_CACHE_DIR": str(folder)}
     if what == "killed":
-        ran = project.run(STAGE, CHAOS_FOLDER=str(folder), CHAOS_KILL=f"4:{seconds}", **environment)
+        changes = project.run(STAGE, CHAOS_FOLDER=str(folder), **environment).changes
+        written = [n for n, change in enumerate(changes, 1) if change.name.endswith("-cache")]
+        project.restore(STAGE)
+        shutil.rmtree(folder)
+        moment = f"{written[len(written) // 2]}:{seconds}"
+        ran = project.run(STAGE, CHAOS_FOLDER=str(folder), CHAOS_KILL=moment, **environment)
         if ran.code != -9:
             return None
     else:

@@ -73,6 +73,11 @@ class Chaos:
             yield trial(fault, "pretrain", disks.full_of_metrics, project, rng)
             for stage in project.stages:
                 yield trial("a read-only work directory", stage, disks.read_only, project, stage)
+        for number, fault in [
+            (15, "SIGTERM to training and its loaders"),
+            (9, "SIGKILL of training alone"),
+        ] * 2:
+            yield trial(fault, "pretrain", kills.loaders, project, number, rng.uniform(0, 1))
         for stage in [*["pretrain"] * 4, *project.stages]:
             yield trial(f"SIGTERM in {row(stage)}", stage, self.terminated, stage)
 

@@ -9,6 +9,7 @@ import pathlib
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import cloudpickle
@@ -112,14 +113,27 @@ def test_worker_processes_outlive_the_signals_that_their_reader_gets(corpus):
     split, stores = corpus
     config = replace(num_workers=2)
     steps = {"first_step": 0, "num_steps": 10_000, "normalize": False}
-    with contextlib.closing(batches.stream(split, stores, make_plan(), config, **steps)) as reader:
-        for _ in range(2):  # from either one, so both are past their start
-            next(reader)
+    have_started = threading.Event()
+
+    def signal_all() -> None:
+        while not have_started.wait(0.01):
+            send_signals()
+
+    def send_signals() -> None:
         loaders = multiprocessing.active_children()
-        assert len(loaders) == 2
         for loader, number in itertools.product(loaders, (signal.SIGTERM, signal.SIGINT)):
             os.kill(loader.pid, number)
-        assert [next(reader)[0] for _ in range(30)] == list(range(2, 32))
+
+    starting = threading.Thread(target=signal_all)
+    with contextlib.closing(batches.stream(split, stores, make_plan(), config, **steps)) as reader:
+        starting.start()
+        found = [next(reader)[0] for _ in range(2)]
+        have_started.set()
+        starting.join()
+        send_signals()
+        loaders = multiprocessing.active_children()
+        assert len(loaders) == 2
+        assert found + [next(reader)[0] for _ in range(30)] == list(range(32))
         assert all(loader.is_alive() for loader in loaders)
     assert not any(loader.is_alive() for loader in loaders)
 

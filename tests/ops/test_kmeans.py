@@ -2,6 +2,7 @@
 """k-means: no worse than scikit-learn, the same on any number of devices, no cluster empty."""
 
 import dataclasses
+import functools
 import warnings
 
 import jax
@@ -10,14 +11,14 @@ import numpy as np
 import pytest
 
 from hubert_jax import sharding
-from hubert_jax.ops import kmeans, plus_plus, rows
+from hubert_jax.ops import kmeans, nearest, plus_plus, rows
 
 CONFIG = kmeans.KMeansConfig(
     num_codes=20, seed_rows=1024, num_restarts=3, seed_passes=3, batch_rows=512, max_passes=3,
     patience=20, lloyd_passes=5, lloyd_tolerance=1e-4,
 )  # fmt: skip
 WIDTH = 8
-NUM_ROWS = kmeans.CHUNK_ROWS + 905  # of no whole number of chunks
+NUM_ROWS = nearest.CHUNK_ROWS + 905  # of no whole number of chunks
 
 
 def on_devices(count: int) -> jax.sharding.NamedSharding:
@@ -93,6 +94,33 @@ def test_same_on_one_device_and_on_eight_and_from_any_shards():
     again = fit(features_ND, devices=1)
     assert np.array_equal(again.centers_CD, one.centers_CD)
     assert not np.allclose(fit(features_ND, seed=1).centers_CD, one.centers_CD, atol=0.1)
+
+
+@pytest.mark.parametrize("devices", [1, 8])
+def test_from_any_state_it_goes_on_to_the_same_bits(devices):
+    """A state is what it becomes on disk; empty clusters are filled in the full passes."""
+    config = dataclasses.replace(CONFIG, max_passes=3, patience=12, lloyd_passes=3)
+    silence_ND = np.full((4000, WIDTH), 30.0, np.float32)
+    shards = [np.concatenate([silence_ND, clusters(3 * NUM_ROWS)]), silence_ND]
+    fit = functools.partial(kmeans.fit, shards, config, seed=0, sharding=on_devices(devices))
+    kept: list[dict[str, np.ndarray]] = []
+    whole = fit(keep=lambda state: kept.append(state.arrays()))
+    assert all(
+        {name: x.dtype.kind for name, x in arrays.items()}.items() <= kmeans.State.KINDS.items()
+        for arrays in kept
+    )
+    phases = {(int(x["num_passes"]), int(x["num_lloyd_passes"])) for x in kept}
+    assert len(phases) > 4 and whole.num_batches > config.patience + kmeans.INERTIA_LAG
+    for arrays in kept[:: 1 if devices == 1 else 7]:
+        again = fit(state=kmeans.State.from_arrays(arrays))
+        for a, b in zip(again, whole, strict=True):
+            np.testing.assert_array_equal(a, b)
+    moved = kmeans.fit(
+        shards, config, seed=0, sharding=on_devices(9 - devices),
+        state=kmeans.State.from_arrays(kept[len(kept) // 2]),
+    )  # fmt: skip
+    np.testing.assert_allclose(moved.centers_CD, whole.centers_CD, rtol=1e-4, atol=1e-4)
+    assert moved.num_batches == whole.num_batches
 
 
 def test_lloyd_passes_and_mini_batches_lower_the_inertia():
@@ -179,7 +207,7 @@ def test_far_from_zero_the_digits_are_kept():
     near, far = fit(features_ND), fit(features_ND + np.float32(1000.0))
     # The frames themselves lose digits there: float32 has steps of 6e-5 at 1000.
     np.testing.assert_allclose(far.inertia, near.inertia, rtol=0.01)
-    codes_N = kmeans.assign(jnp.asarray(features_ND + 1000.0), jnp.asarray(far.centers_CD))
+    codes_N = nearest.assign(jnp.asarray(features_ND + 1000.0), jnp.asarray(far.centers_CD))
     nearest_N = distances(features_ND + np.float32(1000.0), far.centers_CD)
     chosen_N = np.take_along_axis(nearest_N, np.asarray(codes_N)[:, None], 1)[:, 0]
     np.testing.assert_allclose(chosen_N, nearest_N.min(axis=1), atol=1e-2)
@@ -188,16 +216,16 @@ def test_far_from_zero_the_digits_are_kept():
 def test_assign_gives_the_nearest_centre_and_the_first_of_equals():
     features_ND = clusters(500)
     centers_CD = features_ND[::25]
-    codes_N = jax.jit(kmeans.assign)(features_ND, centers_CD)
+    codes_N = jax.jit(nearest.assign)(features_ND, centers_CD)
     assert codes_N.dtype == jnp.int32
     np.testing.assert_array_equal(codes_N, distances(features_ND, centers_CD).argmin(axis=1))
     twice_CD = np.concatenate([centers_CD, centers_CD])
-    np.testing.assert_array_equal(kmeans.assign(features_ND, twice_CD), codes_N)
+    np.testing.assert_array_equal(nearest.assign(features_ND, twice_CD), codes_N)
 
 
 def test_scatter_and_matmul_sum_alike():
     features_ND, codes_N = clusters(300), jnp.arange(300) % 7
-    lowered = jax.jit(kmeans._sum_by_code, static_argnames="num_codes")
+    lowered = jax.jit(nearest._sum_by_code, static_argnames="num_codes")
     sums_CD = lowered(features_ND, codes_N, num_codes=7)
     want_CD = np.stack([features_ND[code::7].sum(axis=0) for code in range(7)])
     np.testing.assert_allclose(sums_CD, want_CD, rtol=1e-5, atol=1e-4)

@@ -6,7 +6,7 @@ import pytest
 from etils import epath
 from ml_collections import ConfigDict
 
-from hubert_jax.data import arrays, cards
+from hubert_jax.data import arrays, cards, codebooks
 from hubert_jax.stages import cluster
 
 KMEANS = dict(num_codes=6, seed_rows=200, num_restarts=2, seed_passes=2, batch_rows=128,
@@ -73,6 +73,78 @@ def test_same_features_and_seed_give_the_same_file(workdir):
             digests.append(codebook["centers_CD"].tobytes())
         path.with_suffix(".json").unlink()
     assert digests[0] == digests[1]
+
+
+class Killed(Exception):
+    pass
+
+
+def interrupted(monkeypatch, workdir, *, after: int, **changes) -> None:
+    """k-means until its state was kept `after` times."""
+    keep, kept = codebooks.keep_unfinished, []
+
+    def keep_and_fall(*args, **options):
+        keep(*args, **options)
+        kept.append(1)
+        if len(kept) == after:
+            raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(codebooks, "keep_unfinished", keep_and_fall)
+        patch.setattr(cluster, "KEEP_SECONDS", 0.0)
+        with pytest.raises(Killed):
+            cluster.run(config(**changes), workdir)
+
+
+def test_an_interrupted_fit_goes_on_to_the_same_file(workdir, monkeypatch, capsys):
+    path = workdir / "it2" / "codebook.npz"
+    cluster.run(config(), workdir)
+    wanted = path.read_bytes(), path.with_suffix(".json").read_text()
+    for after, where in (
+        (1, "0 mini-batches and 0"),
+        (3, "2 mini-batches"),
+        (10, "6 mini-batches and 1"),
+    ):
+        path.unlink()
+        path.with_suffix(".json").unlink()
+        interrupted(monkeypatch, workdir, after=after)
+        capsys.readouterr()
+        cluster.run(config(), workdir)
+        assert f"k-means goes on after {where}" in capsys.readouterr().out
+        assert (path.read_bytes(), path.with_suffix(".json").read_text()) == wanted
+        assert not (workdir / "it2" / codebooks.UNFINISHED).exists()
+
+
+def test_what_cannot_be_gone_on_with_is_begun_anew(workdir, monkeypatch, capsys):
+    path, unfinished = workdir / "it2" / "codebook.npz", workdir / "it2" / codebooks.UNFINISHED
+    cluster.run(config(), workdir)
+    wanted = path.read_bytes()
+
+    def again() -> str:
+        capsys.readouterr()
+        cluster.run(config(), workdir)
+        assert path.read_bytes() == wanted and not unfinished.exists()
+        path.with_suffix(".json").unlink()
+        return capsys.readouterr().out
+
+    path.with_suffix(".json").unlink()
+    interrupted(monkeypatch, workdir, after=2, num_codes=7)
+    assert "kmeans.num_codes was 7, this run has 6; k-means begins anew" in again()
+    interrupted(monkeypatch, workdir, after=2)
+    content = bytearray(unfinished.read_bytes())
+    content[len(content) // 2] ^= 1
+    unfinished.write_bytes(content)
+    assert "codebook.unfinished.npz: damaged" in again()
+
+
+def test_a_kill_right_after_the_card_leaves_nothing(workdir, monkeypatch):
+    unfinished = workdir / "it2" / codebooks.UNFINISHED
+    interrupted(monkeypatch, workdir, after=2)
+    kept = unfinished.read_bytes()
+    cluster.run(config(), workdir)
+    unfinished.write_bytes(kept)
+    cluster.run(config(), workdir)
+    assert not unfinished.exists()
 
 
 def test_a_codebook_made_otherwise_is_refused(workdir):
