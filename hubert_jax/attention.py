@@ -11,24 +11,27 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from hubert_jax import flash
 from hubert_jax.layers import Linear, bert_normal, dropout
-from hubert_jax.sharding import constrain
+from hubert_jax.sharding import constrain, on_own_heads
 
-FLASH_CAPABILITY = 8.0  # of NVIDIA GPUs, from which cuDNN has it: Ampere
+FLASH_CAPABILITY = 8.0  # of NVIDIA GPUs that can compute without weights of T x T: from Ampere on
 
 
 def implementation(dtype, head_width: int, *, has_dropout: bool) -> str:
-    """Either "plain", two products and a softmax, or "flash", cuDNN's without weights of T x T.
+    """Which: two products and a softmax, "plain"; without weights of T x T, "cudnn" or "kernels".
 
-    Plain on CPUs and TPUs, in float32, and where weights are dropped, which JAX's interface to
-    cuDNN does not do. Of widths of a head cuDNN takes the multiples of 8 up to 128.
+    Plain on CPUs and TPUs and in float32. Where weights are dropped, which JAX's interface to cuDNN
+    does not do, it is our own kernels. Of a head's widths cuDNN takes the multiples of 8 up to 128,
+    the kernels the powers of two from 16 to 128.
     """
-    if has_dropout or dtype != jnp.bfloat16 or jax.default_backend() != "gpu":
+    if dtype != jnp.bfloat16 or jax.default_backend() != "gpu":
         return "plain"
-    if head_width % 8 or head_width > 128:
+    if _number(getattr(jax.local_devices()[0], "compute_capability", "")) < FLASH_CAPABILITY:
         return "plain"
-    capability = getattr(jax.local_devices()[0], "compute_capability", "")
-    return "flash" if _number(capability) >= FLASH_CAPABILITY else "plain"
+    if has_dropout:
+        return "kernels" if head_width in (16, 32, 64, 128) else "plain"
+    return "cudnn" if head_width % 8 == 0 and head_width <= 128 else "plain"
 
 
 def _number(capability: str) -> float:
@@ -62,9 +65,13 @@ class Attention(nnx.Module):
         qkv = constrain(qkv, "frames", "batch", "heads", "frames", "code_width")
         query_BHTK, key_BHTK, value_BHTK = qkv
         has_dropout = key is not None and self.dropout > 0
-        head_width = query_BHTK.shape[-1]
-        if implementation(x_BTD.dtype, head_width, has_dropout=has_dropout) == "flash":
-            mixed_BHTK = flash(query_BHTK, key_BHTK, value_BHTK, valid_BT)
+        how = implementation(x_BTD.dtype, query_BHTK.shape[-1], has_dropout=has_dropout)
+        if how == "cudnn":
+            mixed_BHTK = by_cudnn(query_BHTK, key_BHTK, value_BHTK, valid_BT)
+        elif how == "kernels":
+            mixed_BHTK = by_kernels(
+                query_BHTK, key_BHTK, value_BHTK, valid_BT, rate=self.dropout, key=key
+            )
         else:
             drop = functools.partial(dropout, rate=self.dropout, key=key)
             mixed_BHTK = plain(query_BHTK, key_BHTK, value_BHTK, valid_BT, drop=drop)
@@ -86,7 +93,26 @@ def plain(query_BHTK, key_BHTK, value_BHTK, valid_BT=None, *, drop=lambda weight
     return jnp.einsum("bhqt,bhtk->bhqk", weights_BHTT, value_BHTK)
 
 
-def flash(
+def by_kernels(
+    query_BHTK, key_BHTK, value_BHTK, valid_BT=None, *, rate: float, key, interpret: bool = False
+):
+    """The same with `dropout(weights, rate, key)`, the very bits, by the kernels of flash.py."""
+    batch, num_heads, num_frames, _ = query_BHTK.shape
+    if valid_BT is None:
+        valid_BT = jnp.ones((batch, num_frames), bool)
+
+    def attend(first, qkv, lengths_B, seeds_2):
+        return flash.attend(
+            qkv[0], qkv[1], qkv[2], lengths_B, seeds_2, rate=rate, first=first,
+            num_heads=num_heads, interpret=interpret,
+        )  # fmt: skip
+
+    lengths_B = jnp.sum(valid_BT, axis=1, dtype=jnp.int32)
+    qkv = query_BHTK, key_BHTK, value_BHTK
+    return on_own_heads(attend, qkv, lengths_B, jax.random.bits(key, (2,)))
+
+
+def by_cudnn(
     query_BHTK, key_BHTK, value_BHTK, valid_BT=None, *, by: Literal["cudnn", "xla"] = "cudnn"
 ):
     """The same by one of the implementations of `jax.nn.dot_product_attention`.

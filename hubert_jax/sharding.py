@@ -127,6 +127,35 @@ def on_own_rows(function: Callable[..., Any], rows: Any, *whole: jax.Array) -> A
     return jax.shard_map(own, in_specs=specs, out_specs=P(axes))(rows, *whole)
 
 
+def on_own_heads(
+    function: Callable[..., Any], per_head: Sequence[jax.Array], per_row: jax.Array, *whole: Any
+) -> Any:
+    """`function(first, per_head, per_row, *whole)`: every device has its own rows and heads.
+
+    Arrays per head are (rows, heads, ...), those per row (rows, ...), and every device has all of
+    the others. `first` says where its first row and head are among all.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    spec = P(None, None)
+    if not mesh.empty:
+        spec = _spec(per_head[0].shape[:2], ("batch", "heads"), dict(mesh.shape))
+
+    def own(per_head, per_row, *whole):
+        sizes = per_head[0].shape[:2]
+        first = (
+            jax.lax.axis_index(axes) * size if axes else 0
+            for axes, size in zip(spec, sizes, strict=True)
+        )
+        return function(tuple(first), per_head, per_row, *whole)
+
+    if mesh.empty or mesh.size == 1:
+        return own(per_head, per_row, *whole)
+    specs = (spec, P(spec[0]), *(P() for _ in whole))
+    # Pallas' interpreter does not know over which axes a value varies.
+    split = jax.shard_map(own, in_specs=specs, out_specs=spec, check_vma=False)
+    return split(per_head, per_row, *whole)
+
+
 def param_shardings(mesh: Mesh | AbstractMesh, model):
     """A NamedSharding for every parameter of a model (abstract or real), in the model's tree."""
     sizes = dict(mesh.shape)

@@ -22,6 +22,7 @@ FLOORS = (
         "layers",
         "positions",
         "attention",
+        "flash",
         "model",
         "heads",
         "pretraining",

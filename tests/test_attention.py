@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hubert_jax import attention
+from hubert_jax import attention, sharding
+from hubert_jax.layers import dropout
 from tests import tiny
 
 NUM_FRAMES = 49  # odd, which cuDNN does not take
@@ -44,10 +45,10 @@ def assert_same(one, other):
 
 
 @pytest.mark.parametrize("valid_BT", [None, valid()], ids=["whole", "padded"])
-def test_what_flash_is_asked_for_is_the_plain_attention(valid_BT):
+def test_what_cudnn_is_asked_for_is_the_plain_attention(valid_BT):
     """JAX's own XLA form stands in for cuDNN's: layouts, scale, lengths and gradients."""
-    flash = functools.partial(attention.flash, valid_BT=valid_BT, by="xla")
-    assert_same(flash, functools.partial(attention.plain, valid_BT=valid_BT))
+    other = functools.partial(attention.by_cudnn, valid_BT=valid_BT, by="xla")
+    assert_same(other, functools.partial(attention.plain, valid_BT=valid_BT))
 
 
 def device(capability: str):
@@ -57,10 +58,12 @@ def device(capability: str):
 @pytest.mark.parametrize(
     ("backend", "capability", "dtype", "has_dropout", "want"),
     [
-        ("gpu", "9.0", "bfloat16", False, "flash"),
-        ("gpu", "8.0", "bfloat16", False, "flash"),
-        ("gpu", "10.3", "bfloat16", False, "flash"),
-        ("gpu", "9.0", "bfloat16", True, "plain"),
+        ("gpu", "9.0", "bfloat16", False, "cudnn"),
+        ("gpu", "8.0", "bfloat16", False, "cudnn"),
+        ("gpu", "10.3", "bfloat16", False, "cudnn"),
+        ("gpu", "9.0", "bfloat16", True, "kernels"),
+        ("gpu", "9.0", "float32", True, "plain"),
+        ("gpu", "7.5", "bfloat16", True, "plain"),
         ("gpu", "9.0", "float32", False, "plain"),
         ("gpu", "7.5", "bfloat16", False, "plain"),
         ("gpu", "gfx942", "bfloat16", False, "plain"),
@@ -68,7 +71,7 @@ def device(capability: str):
         ("cpu", "", "bfloat16", False, "plain"),
     ],
 )
-def test_flash_is_for_gpus_that_have_it(backend, capability, dtype, has_dropout, want, monkeypatch):
+def test_what_a_platform_gets(backend, capability, dtype, has_dropout, want, monkeypatch):
     monkeypatch.setattr(jax, "default_backend", lambda: backend)
     monkeypatch.setattr(jax, "local_devices", lambda: device(capability))
 
@@ -91,6 +94,31 @@ def test_a_layer_says_whether_it_drops_weights(rate, key, has_dropout, monkeypat
     assert asked == {"has_dropout": has_dropout}
 
 
+@pytest.mark.parametrize("sizes", [(2, 1, 4), (4, 2, 1), (1, 1, 8)])
+def test_on_a_mesh_the_kernels_drop_the_same_weights(sizes):
+    """Rows and heads split over eight devices, where they can be; interpreted."""
+    shape = (8, 4, 20, 16)
+    qkv = [jax.random.normal(key, shape) for key in jax.random.split(jax.random.key(0), 3)]
+    valid_BT = np.arange(20) < np.arange(5, 21, 2)[:, None]
+    by_kernels = functools.partial(
+        attention.by_kernels, rate=0.3, key=jax.random.key(1), interpret=True
+    )
+    drop = functools.partial(dropout, rate=0.3, key=jax.random.key(1))
+
+    def gradients(attend):
+        def total(qkv):
+            mixed_BHTK = attend(*qkv, valid_BT)
+            return jnp.sum(jnp.sin(mixed_BHTK)), mixed_BHTK
+
+        return jax.jit(jax.grad(total, has_aux=True))(qkv)
+
+    want = gradients(functools.partial(attention.plain, drop=drop))
+    with jax.set_mesh(sharding.make_mesh(**dict(zip(sharding.MESH_AXES, sizes, strict=True)))):
+        got = gradients(by_kernels)
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-6)
+
+
 @pytest.mark.parametrize("valid_BT", [None, valid()], ids=["whole", "padded"])
 def test_on_a_gpu_a_layer_becomes_one_call_of_cudnn_each_way(valid_BT, monkeypatch):
     """Lowered for CUDA here, where it cannot run; nothing of T x T is left in the program."""
@@ -110,7 +138,7 @@ def test_on_a_gpu_a_layer_becomes_one_call_of_cudnn_each_way(valid_BT, monkeypat
     num_keys = NUM_FRAMES if valid_BT is None else 64  # in whole blocks
     weights = f"{NUM_FRAMES}x{num_keys}x"
     assert weights in program() and "cudnn" not in program()
-    monkeypatch.setattr(attention, "implementation", lambda *_, **__: "flash")
+    monkeypatch.setattr(attention, "implementation", lambda *_, **__: "cudnn")
     text = program()
     calls = set(re.findall(r"__cudnn\$\w+", text))
     assert calls == {"__cudnn$fmhaSoftmax", "__cudnn$fmhaSoftmaxBackward"}

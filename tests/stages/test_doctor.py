@@ -245,6 +245,17 @@ def test_a_run_of_our_own_recipe_is_held_against_our_curve():
     assert [f.what for f in found if f.level == "look"] == ["curve it1: beside ours"]
 
 
+def test_what_to_expect_is_ours_or_reported_or_not_known():
+    configs = DEMO.parent
+
+    def said(name: str) -> str:
+        return curves.expected(config_files.load(f"{configs / name}")).reason
+
+    assert "ln K = 4.61 down to 2." in said("demo.py:it1") and "our run" in said("demo.py:it1")
+    assert "masked accuracy up to 0.46 is reported (ESPnet" in said("base.py:it1")
+    assert "no accuracy is known" in said("base.py:it2")
+
+
 def test_the_exit_code_tells_whether_to_stop(clean, capsys):
     root, workdir = clean
     flags = [f"--config={DEMO}:it1", f"--workdir={workdir}", f"--config.corpus.train={root}/train"]

@@ -1,0 +1,302 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Flash attention that drops weights, for NVIDIA's GPUs: three Pallas kernels through Triton.
+
+Nothing of T x T is ever stored: a kernel makes the weights of one block of queries and one block
+of keys, drops some by the very bits of `layers.dropout`, uses them and forgets them; backwards they
+and their bits are made again. T. Dao, FlashAttention-2 (arXiv 2307.08691), says why that is exact.
+
+B batch, H heads, T frames, K head width, Q queries and N keys of a block
+"""
+
+import functools
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton
+
+from hubert_jax.layers import _hash
+
+GOLDEN = 0x9E3779B9  # the step from column to column in layers.random_bits
+NARROWEST = 16  # head width and block: what a tensor core multiplies
+
+
+class Blocks(NamedTuple):
+    """How a kernel cuts its work, powers of two, and what it asks of Triton."""
+
+    queries: int
+    keys: int
+    num_warps: int
+    num_stages: int
+
+
+FORWARD = Blocks(queries=64, keys=64, num_warps=4, num_stages=3)
+FOR_KEYS = Blocks(queries=64, keys=64, num_warps=4, num_stages=2)
+FOR_QUERIES = Blocks(queries=64, keys=64, num_warps=4, num_stages=2)
+
+
+def attend(
+    query_BHTK, key_BHTK, value_BHTK, lengths_B, seeds_2, *, rate: float,
+    first=(0, 0), num_heads: int | None = None, interpret: bool = False,
+    forward: Blocks = FORWARD, for_keys: Blocks = FOR_KEYS, for_queries: Blocks = FOR_QUERIES,
+):  # fmt: skip
+    """The values of a row's first `lengths_B` frames, weighted for each of its T queries.
+
+    With `seeds_2 = jax.random.bits(key, (2,))` it drops what `layers.dropout(weights, rate, key)`
+    would; of a part of the rows and heads, `first` is the place of its first ones in the whole and
+    `num_heads` how many the whole has. A row of length 0 gives zeros. Products of float32 are in
+    TF32 on a GPU. `interpret` runs the kernels on any platform, slowly; the blocks are of the
+    forward pass and of the gradients for keys with values and for queries.
+    Raises ValueError where a head's width is not a power of two from 16 on.
+    """
+    batch, heads, num_frames, width = query_BHTK.shape
+    if width < NARROWEST or width & (width - 1):
+        raise ValueError(f"heads of width {width}; it takes powers of two from {NARROWEST} on")
+    bits_BHT = None
+    if rate:
+        first_row, first_head = (jnp.asarray(place).astype(jnp.uint32) for place in first)
+        row_B11 = first_row + jnp.arange(batch, dtype=jnp.uint32)[:, None, None]
+        head_H1 = first_head + jnp.arange(heads, dtype=jnp.uint32)[:, None]
+        row_BH1 = row_B11 * jnp.uint32(num_heads or heads) + head_H1[None]
+        frame_T = jnp.arange(num_frames, dtype=jnp.uint32)
+        row_BHT = row_BH1 * jnp.uint32(num_frames) + frame_T[None, None]
+        bits_BHT = _hash(row_BHT ^ seeds_2[0]) ^ seeds_2[1]
+    how = _How(float(rate), interpret, forward, for_keys, for_queries)
+    lengths_B = jnp.minimum(lengths_B, num_frames).astype(jnp.int32)
+    return _attend(how, query_BHTK, key_BHTK, value_BHTK, lengths_B, bits_BHT)
+
+
+class _How(NamedTuple):
+    rate: float
+    interpret: bool
+    forward: Blocks
+    for_keys: Blocks
+    for_queries: Blocks
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attend(how, query_BHTK, key_BHTK, value_BHTK, lengths_B, bits_BHT):
+    return _forward(how, query_BHTK, key_BHTK, value_BHTK, lengths_B, bits_BHT)[0]
+
+
+def _forward(how, query_BHTK, key_BHTK, value_BHTK, lengths_B, bits_BHT):
+    """The mixed values; and what the backward pass needs, with the log2 of the softmax's sums."""
+    sums_BHT = jax.ShapeDtypeStruct(query_BHTK.shape[:3], jnp.float32)
+    mixed_BHTK, sums_BHT = _call(
+        _mix, how, how.forward, how.forward.queries, [query_BHTK, sums_BHT],
+        lengths_B, bits_BHT, query_BHTK, key_BHTK, value_BHTK,
+    )  # fmt: skip
+    saved = lengths_B, bits_BHT, query_BHTK, key_BHTK, value_BHTK, mixed_BHTK, sums_BHT
+    return mixed_BHTK, saved
+
+
+def _backward(how, saved, grad_BHTK):
+    lengths_B, bits_BHT, query_BHTK, key_BHTK, value_BHTK, mixed_BHTK, sums_BHT = saved
+    product_BHTK = grad_BHTK.astype(jnp.float32) * mixed_BHTK.astype(jnp.float32)
+    # The kernels leave the 1 / (1 - rate) of the kept weights to the end, so it is taken off here.
+    means_BHT = jnp.sum(product_BHTK, axis=-1) * (1 - how.rate)
+    args = (
+        lengths_B, bits_BHT, query_BHTK, key_BHTK, value_BHTK, grad_BHTK, sums_BHT, means_BHT
+    )  # fmt: skip
+    key_grad_BHTK, value_grad_BHTK = _call(
+        _key_gradients, how, how.for_keys, how.for_keys.keys, [key_BHTK, value_BHTK], *args
+    )
+    (query_grad_BHTK,) = _call(
+        _query_gradients, how, how.for_queries, how.for_queries.queries, [query_BHTK], *args
+    )
+    return query_grad_BHTK, key_grad_BHTK, value_grad_BHTK, None, None
+
+
+_attend.defvjp(_forward, _backward)
+
+
+def _call(kernel, how: _How, blocks: Blocks, block: int, like, *args):
+    """`kernel` for each block of frames of each head; it sees one head of each argument."""
+    batch, heads, num_frames, _ = like[0].shape
+
+    def spec(x):
+        if x is None:
+            return None
+        if x.ndim == 1:
+            return pl.BlockSpec((None,), lambda _, head, row: (row,))
+        return pl.BlockSpec(
+            (None, None, *x.shape[2:]), lambda _, head, row: (row, head, *(0,) * (x.ndim - 2))
+        )
+
+    varying = jax.typeof(args[2]).manual_axis_type  # over which axes of a shard_map
+    return pl.pallas_call(
+        functools.partial(kernel, how=how, blocks=blocks),
+        grid=(pl.cdiv(num_frames, block), heads, batch),
+        in_specs=[spec(x) for x in args],
+        out_specs=[spec(x) for x in like],
+        out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype, manual_axis_type=varying) for x in like],
+        compiler_params=triton.CompilerParams(
+            num_warps=blocks.num_warps, num_stages=blocks.num_stages
+        ),
+        interpret=how.interpret,
+        name=kernel.__name__.strip("_"),
+    )(*args)
+
+
+def _mix(
+    length_ref, bits_ref, query_ref, key_ref, value_ref, mixed_ref, sums_ref, *, how, blocks
+):  # fmt: skip
+    num_frames, width = query_ref.shape
+    queries = _Part(pl.program_id(0), blocks.queries, num_frames)
+    length = length_ref[...]
+    query_QK = queries.load(query_ref)
+    bits_Q1 = queries.load(bits_ref)[:, None] if how.rate else None
+    scale = _log2_scale(width)
+
+    def add(index, carry):
+        mixed_QK, top_Q, sum_Q = carry
+        keys = _Part(index, blocks.keys, length)
+        logits_QN = triton.dot(query_QK, keys.load(key_ref).T)
+        logits_QN = jnp.where(keys.inside[None, :], logits_QN, -jnp.inf)
+        new_top_Q = jnp.maximum(top_Q, jnp.max(logits_QN, axis=1) * scale)
+        weights_QN = _exp2(logits_QN * scale - new_top_Q[:, None], how)
+        shrink_Q = _exp2(top_Q - new_top_Q, how)
+        sum_Q = sum_Q * shrink_Q + jnp.sum(weights_QN, axis=1)
+        if how.rate:
+            # Not jnp.where, which LLVM swaps with the cast: two instructions more a weight.
+            keep_QN = _keep(bits_Q1, keys.places[None, :], how.rate)
+            weights_QN *= keep_QN.astype(jnp.float32)
+        value_NK = keys.load(value_ref)
+        mixed_QK = mixed_QK * shrink_Q[:, None]
+        mixed_QK += triton.dot(weights_QN.astype(value_NK.dtype), value_NK)
+        return mixed_QK, new_top_Q, sum_Q
+
+    start = (
+        jnp.zeros((blocks.queries, width), jnp.float32),
+        jnp.full((blocks.queries,), -jnp.inf, jnp.float32),
+        jnp.zeros((blocks.queries,), jnp.float32),
+    )
+    num_blocks = jax.lax.div(length + (blocks.keys - 1), blocks.keys)
+    mixed_QK, top_Q, sum_Q = jax.lax.fori_loop(0, num_blocks, add, start)
+    sum_Q = jnp.where(sum_Q == 0, 1.0, sum_Q)  # of a row without frames
+    queries.store(mixed_ref, mixed_QK * (1 / ((1 - how.rate) * sum_Q))[:, None])
+    queries.store(sums_ref, top_Q + jnp.log2(sum_Q))
+
+
+def _key_gradients(
+    length_ref, bits_ref, query_ref, key_ref, value_ref, grad_ref, sums_ref, means_ref,
+    key_grad_ref, value_grad_ref, *, how, blocks,
+):  # fmt: skip
+    """Keys come first here, so that the weights are ready to be multiplied by what queries have.
+
+    Neither queries beyond T nor keys beyond the length need a mask: the former are loaded as zeros,
+    with gradients that are zero; what the latter get is in rows of their own, and not kept.
+    """
+    num_frames, width = query_ref.shape
+    keys = _Part(pl.program_id(0), blocks.keys, length_ref[...])
+    key_NK = keys.load(key_ref)
+    value_NK = keys.load(value_ref)
+    scale = _log2_scale(width)
+
+    def add(index, carry):
+        key_grad_NK, value_grad_NK = carry
+        queries = _Part(index, blocks.queries, num_frames)
+        query_QK = queries.load(query_ref)
+        grad_QK = queries.load(grad_ref)
+        logits_NQ = triton.dot(key_NK, query_QK.T)
+        weights_NQ = _exp2(logits_NQ * scale - queries.load(sums_ref)[None, :], how)
+        kept_NQ = weights_NQ
+        if how.rate:
+            keep_NQ = _keep(queries.load(bits_ref)[None, :], keys.places[:, None], how.rate)
+            kept_NQ = jnp.where(keep_NQ, weights_NQ, 0.0)
+        value_grad_NK += triton.dot(kept_NQ.astype(grad_QK.dtype), grad_QK)
+        slope_NQ = kept_NQ * triton.dot(value_NK, grad_QK.T)
+        slope_NQ -= weights_NQ * queries.load(means_ref)[None, :]
+        key_grad_NK += triton.dot(slope_NQ.astype(query_QK.dtype), query_QK)
+        return key_grad_NK, value_grad_NK
+
+    zeros_NK = jnp.zeros((blocks.keys, width), jnp.float32)
+    # Not jnp.where: of two numbers, Pallas makes a select of two booleans, which Triton refuses.
+    num_blocks = (keys.start < keys.end).astype(jnp.int32) * pl.cdiv(num_frames, blocks.queries)
+    key_grad_NK, value_grad_NK = jax.lax.fori_loop(0, num_blocks, add, (zeros_NK, zeros_NK))
+    inside_N1 = keys.inside[:, None]
+    key_grad_NK = jnp.where(inside_N1, key_grad_NK * (width**-0.5 / (1 - how.rate)), 0.0)
+    value_grad_NK = jnp.where(inside_N1, value_grad_NK * (1 / (1 - how.rate)), 0.0)
+    whole = _Part(pl.program_id(0), blocks.keys, num_frames)
+    whole.store(key_grad_ref, key_grad_NK)
+    whole.store(value_grad_ref, value_grad_NK)
+
+
+def _query_gradients(
+    length_ref, bits_ref, query_ref, key_ref, value_ref, grad_ref, sums_ref, means_ref,
+    query_grad_ref, *, how, blocks,
+):  # fmt: skip
+    num_frames, width = query_ref.shape
+    queries = _Part(pl.program_id(0), blocks.queries, num_frames)
+    length = length_ref[...]
+    query_QK = queries.load(query_ref)
+    grad_QK = queries.load(grad_ref)
+    sums_Q = queries.load(sums_ref)
+    means_Q = queries.load(means_ref)
+    bits_Q1 = queries.load(bits_ref)[:, None] if how.rate else None
+    scale = _log2_scale(width)
+
+    def add(index, query_grad_QK):
+        keys = _Part(index, blocks.keys, length)
+        key_NK = keys.load(key_ref)
+        logits_QN = triton.dot(query_QK, key_NK.T)
+        logits_QN = jnp.where(keys.inside[None, :], logits_QN, -jnp.inf)
+        weights_QN = _exp2(logits_QN * scale - sums_Q[:, None], how)
+        kept_QN = weights_QN
+        if how.rate:
+            keep_QN = _keep(bits_Q1, keys.places[None, :], how.rate)
+            kept_QN = jnp.where(keep_QN, weights_QN, 0.0)
+        slope_QN = kept_QN * triton.dot(grad_QK, keys.load(value_ref).T)
+        slope_QN -= weights_QN * means_Q[:, None]
+        return query_grad_QK + triton.dot(slope_QN.astype(key_NK.dtype), key_NK)
+
+    zeros_QK = jnp.zeros((blocks.queries, width), jnp.float32)
+    num_blocks = jax.lax.div(length + (blocks.keys - 1), blocks.keys)
+    query_grad_QK = jax.lax.fori_loop(0, num_blocks, add, zeros_QK)
+    queries.store(query_grad_ref, query_grad_QK * (width**-0.5 / (1 - how.rate)))
+
+
+class _Part:
+    """The block of `size` frames at `index`, of which those before `end` are there."""
+
+    def __init__(self, index, size: int, end):
+        self.start = index * size
+        self.end = end
+        self.frames = pl.ds(self.start, size)
+        self.places = self.start + jnp.arange(size, dtype=jnp.int32)
+        self.inside = self.places < end
+
+    def load(self, ref):
+        """Zeros for frames that are not there."""
+        part = ref.at[self.frames]
+        return triton.load(part, mask=self._mask(ref), other=jnp.zeros((), ref.dtype))
+
+    def store(self, ref, x):
+        triton.store(ref.at[self.frames], x.astype(ref.dtype), mask=self._mask(ref))
+
+    def _mask(self, ref):
+        return self.inside if ref.ndim == 1 else self.inside[:, None]
+
+
+def _keep(bits, places, rate: float):
+    """Which weights stay, as layers.dropout has it: bits of the rows and places of the columns."""
+    random = _hash(bits + places.astype(jnp.uint32) * jnp.uint32(GOLDEN))
+    return random >= jnp.uint32(round(rate * 2**32))
+
+
+def _log2_scale(width: int) -> float:
+    """Of the logits, for a softmax in powers of two."""
+    return width**-0.5 * math.log2(math.e)
+
+
+def _exp2(x, how: _How):
+    """The GPU's one instruction; not to take results below 2^-126 for 0 would cost three more."""
+    if how.interpret:
+        return jnp.exp2(x)
+    (power,) = triton.elementwise_inline_asm(
+        "ex2.approx.ftz.f32 $0, $1;", args=[x], constraints="=f,f", pack=1,
+        result_shape_dtypes=[jax.ShapeDtypeStruct(x.shape, x.dtype)],
+    )  # fmt: skip
+    return power
