@@ -16,6 +16,7 @@ from hubert_jax.layers import Linear, bert_normal, dropout
 from hubert_jax.sharding import constrain, on_own_heads
 
 FLASH_CAPABILITY = 8.0  # of NVIDIA GPUs that can compute without weights of T x T: from Ampere on
+QKV_AXES = ("batch", "frames", "frames", "heads", "code_width")
 
 
 def implementation(dtype, head_width: int, *, has_dropout: bool) -> str:
@@ -60,18 +61,21 @@ class Attention(nnx.Module):
 
     def __call__(self, x_BTD, valid_BT=None, *, key=None):
         """Frames that are not in `valid_BT` come last, and none sees them. `key` drops weights."""
-        qkv = jnp.einsum("btd,dchk->btchk", x_BTD, self.qkv.kernel[...].astype(x_BTD.dtype))
-        qkv = (qkv + self.qkv.bias[...].astype(x_BTD.dtype)).transpose(2, 0, 3, 1, 4)
-        qkv = constrain(qkv, "frames", "batch", "heads", "frames", "code_width")
-        query_BHTK, key_BHTK, value_BHTK = qkv
+        qkv_BTCHK = jnp.einsum("btd,dchk->btchk", x_BTD, self.qkv.kernel[...].astype(x_BTD.dtype))
+        qkv_BTCHK = qkv_BTCHK + self.qkv.bias[...].astype(x_BTD.dtype)
         has_dropout = key is not None and self.dropout > 0
-        how = implementation(x_BTD.dtype, query_BHTK.shape[-1], has_dropout=has_dropout)
+        how = implementation(x_BTD.dtype, qkv_BTCHK.shape[-1], has_dropout=has_dropout)
+        if how == "kernels":
+            qkv_BTCHK = constrain(qkv_BTCHK, *QKV_AXES)
+            mixed_BTHK = by_kernels(qkv_BTCHK, valid_BT, rate=self.dropout, key=key)
+            out_BTD = jnp.einsum(
+                "bthk,hkd->btd", mixed_BTHK, self.out.kernel[...].astype(x_BTD.dtype)
+            )
+            return out_BTD + self.out.bias[...].astype(x_BTD.dtype)
+        qkv = qkv_BTCHK.transpose(2, 0, 3, 1, 4)
+        query_BHTK, key_BHTK, value_BHTK = constrain(qkv, *(QKV_AXES[i] for i in (2, 0, 3, 1, 4)))
         if how == "cudnn":
             mixed_BHTK = by_cudnn(query_BHTK, key_BHTK, value_BHTK, valid_BT)
-        elif how == "kernels":
-            mixed_BHTK = by_kernels(
-                query_BHTK, key_BHTK, value_BHTK, valid_BT, rate=self.dropout, key=key
-            )
         else:
             drop = functools.partial(dropout, rate=self.dropout, key=key)
             mixed_BHTK = plain(query_BHTK, key_BHTK, value_BHTK, valid_BT, drop=drop)
@@ -93,23 +97,23 @@ def plain(query_BHTK, key_BHTK, value_BHTK, valid_BT=None, *, drop=lambda weight
     return jnp.einsum("bhqt,bhtk->bhqk", weights_BHTT, value_BHTK)
 
 
-def by_kernels(
-    query_BHTK, key_BHTK, value_BHTK, valid_BT=None, *, rate: float, key, interpret: bool = False
-):
-    """The same with `dropout(weights, rate, key)`, the very bits, by the kernels of flash.py."""
-    batch, num_heads, num_frames, _ = query_BHTK.shape
+def by_kernels(qkv_BTCHK, valid_BT=None, *, rate: float, key, interpret: bool = False):
+    """The same with `dropout(weights, rate, key)`, the very bits, by the kernels of flash.py.
+
+    Frames come first, as the product that makes them has it, and as the next one wants it.
+    """
+    batch, num_frames, _, num_heads, _ = qkv_BTCHK.shape
     if valid_BT is None:
         valid_BT = jnp.ones((batch, num_frames), bool)
 
-    def attend(first, qkv, lengths_B, seeds_2):
+    def attend(first, qkv_BTCHK, lengths_B, seeds_2):
         return flash.attend(
-            qkv[0], qkv[1], qkv[2], lengths_B, seeds_2, rate=rate, first=first,
-            num_heads=num_heads, interpret=interpret,
+            qkv_BTCHK, lengths_B, seeds_2,
+            rate=rate, first=first, num_heads=num_heads, interpret=interpret,
         )  # fmt: skip
 
     lengths_B = jnp.sum(valid_BT, axis=1, dtype=jnp.int32)
-    qkv = query_BHTK, key_BHTK, value_BHTK
-    return on_own_heads(attend, qkv, lengths_B, jax.random.bits(key, (2,)))
+    return on_own_heads(attend, qkv_BTCHK, lengths_B, jax.random.bits(key, (2,)))
 
 
 def by_cudnn(

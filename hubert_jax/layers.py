@@ -121,16 +121,16 @@ def _gradients_of_conv(stride: int, saved, grad_BTD):
     def of_kernel(form, grad_BTD, x_BTC):
         return jax.linear_transpose(lambda k: form(x_BTC, k, stride), kernel)(grad_BTD)[0]
 
-    def of_input(form, grad_BTD, kernel):
-        return jax.linear_transpose(lambda x: form(x, kernel, stride), x_BTC)(grad_BTD)[0]
+    def of_input(grad_BTD, kernel):
+        return jax.linear_transpose(lambda x: _conv(x, kernel, stride), x_BTC)(grad_BTD)[0]
 
-    def by_phase(grad_BTD, kernel):
-        return _input_gradient(grad_BTD, kernel, stride, x_BTC.shape[1])
+    num_frames = x_BTC.shape[1]
+    by_phase = functools.partial(_input_gradient, stride=stride, num_frames=num_frames)
+    by_product = functools.partial(_input_gradient_by_product, stride=stride, num_frames=num_frames)
 
     # Not by the default backend: hubert plan compiles for TPUs on a CPU.
     grad_BTC = jax.lax.platform_dependent(
-        grad_BTD, kernel, cpu=by_phase,
-        cuda=functools.partial(of_input, _by_product), default=functools.partial(of_input, _conv),
+        grad_BTD, kernel, cpu=by_phase, cuda=by_product, default=of_input
     )  # fmt: skip
     grad_kernel = jax.lax.platform_dependent(
         grad_BTD, x_BTC,
@@ -139,7 +139,7 @@ def _gradients_of_conv(stride: int, saved, grad_BTD):
     return grad_BTC, grad_kernel
 
 
-def _input_gradient(grad_BTD, kernel, stride: int, num_frames: int):
+def _input_gradient(grad_BTD, kernel, *, stride: int, num_frames: int):
     """x[stride * t + phase] went through every stride-th tap, from tap `phase` on."""
     most_taps = -(-kernel.shape[0] // stride)
     phases = []
@@ -148,8 +148,29 @@ def _input_gradient(grad_BTD, kernel, stride: int, num_frames: int):
         around = (len(taps) - 1, most_taps - 1)
         phases.append(_conv(jnp.pad(grad_BTD, ((0, 0), around, (0, 0))), taps))
     grad_BTC = jnp.stack(phases, axis=2).reshape(len(grad_BTD), -1, kernel.shape[1])
-    unseen = max(0, num_frames - grad_BTC.shape[1])
-    return jnp.pad(grad_BTC, ((0, 0), (0, unseen), (0, 0)))[:, :num_frames]
+    return _to_length(grad_BTC, num_frames)
+
+
+def _input_gradient_by_product(grad_BTD, kernel, *, stride: int, num_frames: int):
+    """`stride` frames of x at a time are one row of a product: all of them with the same outputs.
+
+    A tap that a kernel lacks is a block of zeros: with 3 taps at stride 2 a third more operations,
+    and yet faster than to add up what the taps give where they overlap.
+    """
+    taps, width_in, width_out = kernel.shape
+    runs = -(-taps // stride)
+    kernel = jnp.pad(kernel, ((0, runs * stride - taps), (0, 0), (0, 0)))
+    kernel = kernel.reshape(runs, stride * width_in, width_out).swapaxes(1, 2)
+    around = [((0, 0), (run, runs - 1 - run), (0, 0)) for run in range(runs)]
+    seen = jnp.concatenate([jnp.pad(grad_BTD, pad) for pad in around], axis=-1)
+    grad_BTC = seen @ kernel.reshape(-1, stride * width_in)
+    return _to_length(grad_BTC.reshape(len(grad_BTD), -1, width_in), num_frames)
+
+
+def _to_length(x_BTC, num_frames: int):
+    """With frames of zeros, or without the last ones."""
+    unseen = max(0, num_frames - x_BTC.shape[1])
+    return jnp.pad(x_BTC, ((0, 0), (0, unseen), (0, 0)))[:, :num_frames]
 
 
 strided_conv.defvjp(

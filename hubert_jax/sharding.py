@@ -128,32 +128,31 @@ def on_own_rows(function: Callable[..., Any], rows: Any, *whole: jax.Array) -> A
 
 
 def on_own_heads(
-    function: Callable[..., Any], per_head: Sequence[jax.Array], per_row: jax.Array, *whole: Any
-) -> Any:
-    """`function(first, per_head, per_row, *whole)`: every device has its own rows and heads.
+    function: Callable[..., Any], x: jax.Array, per_row: jax.Array, *whole: jax.Array
+) -> jax.Array:
+    """`function(first, x, per_row, *whole)`: every device has its own rows and heads of x.
 
-    Arrays per head are (rows, heads, ...), those per row (rows, ...), and every device has all of
-    the others. `first` says where its first row and head are among all.
+    x and what function makes of it are (rows, ..., heads, width); per_row has rows first, and every
+    device has all of the others. `first` says where its first row and head are among all.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    spec = P(None, None)
-    if not mesh.empty:
-        spec = _spec(per_head[0].shape[:2], ("batch", "heads"), dict(mesh.shape))
-
-    def own(per_head, per_row, *whole):
-        sizes = per_head[0].shape[:2]
-        first = (
-            jax.lax.axis_index(axes) * size if axes else 0
-            for axes, size in zip(spec, sizes, strict=True)
-        )
-        return function(tuple(first), per_head, per_row, *whole)
-
     if mesh.empty or mesh.size == 1:
-        return own(per_head, per_row, *whole)
-    specs = (spec, P(spec[0]), *(P() for _ in whole))
+        return function((0, 0), x, per_row, *whole)
+    rows, heads = _spec((len(x), x.shape[-2]), ("batch", "heads"), dict(mesh.shape))
+
+    def own(x, per_row, *whole):
+        first_row = jax.lax.axis_index(rows) * len(x) if rows else 0
+        first_head = jax.lax.axis_index(heads) * x.shape[-2] if heads else 0
+        return function((first_row, first_head), x, per_row, *whole)
+
+    def place(ndim: int) -> P:
+        return P(rows, *(None,) * (ndim - 3), heads, None)
+
+    made = jax.eval_shape(lambda *args: function((0, 0), *args), x, per_row, *whole)
+    specs = (place(x.ndim), P(rows), *(P() for _ in whole))
     # Pallas' interpreter does not know over which axes a value varies.
-    split = jax.shard_map(own, in_specs=specs, out_specs=spec, check_vma=False)
-    return split(per_head, per_row, *whole)
+    split = jax.shard_map(own, in_specs=specs, out_specs=place(made.ndim), check_vma=False)
+    return split(x, per_row, *whole)
 
 
 def param_shardings(mesh: Mesh | AbstractMesh, model):

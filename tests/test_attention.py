@@ -97,25 +97,28 @@ def test_a_layer_says_whether_it_drops_weights(rate, key, has_dropout, monkeypat
 @pytest.mark.parametrize("sizes", [(2, 1, 4), (4, 2, 1), (1, 1, 8)])
 def test_on_a_mesh_the_kernels_drop_the_same_weights(sizes):
     """Rows and heads split over eight devices, where they can be; interpreted."""
-    shape = (8, 4, 20, 16)
-    qkv = [jax.random.normal(key, shape) for key in jax.random.split(jax.random.key(0), 3)]
+    qkv_BTCHK = jax.random.normal(jax.random.key(0), (8, 20, 3, 4, 16))
     valid_BT = np.arange(20) < np.arange(5, 21, 2)[:, None]
     by_kernels = functools.partial(
         attention.by_kernels, rate=0.3, key=jax.random.key(1), interpret=True
     )
-    drop = functools.partial(dropout, rate=0.3, key=jax.random.key(1))
+
+    def plain(qkv_BTCHK, valid_BT):
+        drop = functools.partial(dropout, rate=0.3, key=jax.random.key(1))
+        qkv = qkv_BTCHK.transpose(2, 0, 3, 1, 4)
+        return attention.plain(*qkv, valid_BT, drop=drop).swapaxes(1, 2)
 
     def gradients(attend):
-        def total(qkv):
-            mixed_BHTK = attend(*qkv, valid_BT)
-            return jnp.sum(jnp.sin(mixed_BHTK)), mixed_BHTK
+        def total(qkv_BTCHK):
+            mixed_BTHK = attend(qkv_BTCHK, valid_BT)
+            return jnp.sum(jnp.sin(mixed_BTHK)), mixed_BTHK
 
-        return jax.jit(jax.grad(total, has_aux=True))(qkv)
+        return jax.jit(jax.grad(total, has_aux=True))(qkv_BTCHK)
 
-    want = gradients(functools.partial(attention.plain, drop=drop))
+    want = gradients(plain)
     with jax.set_mesh(sharding.make_mesh(**dict(zip(sharding.MESH_AXES, sizes, strict=True)))):
         got = gradients(by_kernels)
-    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+    for a, b in zip(got, want, strict=True):
         np.testing.assert_allclose(a, b, atol=2e-6)
 
 

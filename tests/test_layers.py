@@ -136,6 +136,10 @@ def test_a_convolution_by_product_is_the_convolution(taps, stride, width, num_sa
     got, want = map(value_and_gradients, (layers._by_product, layers._conv))
     for a, b in zip(got, want, strict=True):
         np.testing.assert_allclose(a, b, atol=3e-5)
+    grad_BTD = jnp.sin(jnp.arange(want[0].size).reshape(want[0].shape))
+    for of_input in (layers._input_gradient_by_product, layers._input_gradient):
+        got_BTC = of_input(grad_BTD, kernel, stride=stride, num_frames=num_samples)
+        np.testing.assert_allclose(got_BTC, want[1], atol=3e-5)
 
 
 # --- dropout
