@@ -75,21 +75,23 @@ class Conv(nnx.Module):
 def strided_conv(x_BTC, kernel, stride: int):
     """Convolution over time, no padding: (B, T, C), (K, C, D) -> (B, (T - K) // stride + 1, D).
 
-    On GPUs it is a product, and so are its gradients. On CPU, XLA's gradient for x multiplies with
-    the zeros between the strides; here it is one plain convolution for each phase of the stride.
-    docs/LOG.md has the times.
+    On NVIDIA GPUs it is a product, and so are its gradients. On CPU, XLA's gradient for x
+    multiplies with the zeros between the strides; here it is one plain convolution for each phase
+    of the stride. docs/LOG.md has the times.
     """
-    # Without a gap or an overlap a product everywhere: XLA on CPU sums the convolution of a few
-    # frames in another order where it has many threads, and an utterance alone would not be the
-    # one in a batch.
-    if kernel.shape[0] == stride or _by_products():
-        return _side_by_side(x_BTC, len(kernel), stride) @ _flat(kernel)
-    return _conv(x_BTC, kernel, stride)
+    if kernel.shape[0] != stride:
+        return _forward(x_BTC, kernel, stride)
+    # Without gradients, a product: XLA on CPU sums the convolution of a few frames in another order
+    # where it has many threads, and an utterance alone would not be the one in a batch.
+    return _by_product(x_BTC, kernel, stride)
 
 
-def _by_products() -> bool:
-    """By where it runs: `hubert plan` compiles for TPUs on a CPU, but nobody does for GPUs."""
-    return jax.default_backend() == "gpu"
+def _forward(x_BTC, kernel, stride: int):
+    return jax.lax.platform_dependent(
+        x_BTC, kernel,
+        cuda=functools.partial(_by_product, stride=stride),
+        default=functools.partial(_conv, stride=stride),
+    )  # fmt: skip
 
 
 def _conv(x_BTC, kernel, stride: int = 1):
@@ -98,48 +100,46 @@ def _conv(x_BTC, kernel, stride: int = 1):
     )
 
 
-def _side_by_side(x_BTC, taps: int, stride: int):
-    """What each frame of a convolution sees: (B, (T - K) // stride + 1, K x C)."""
-    batch, num_samples, width = x_BTC.shape
-    num_frames = (num_samples - taps) // stride + 1
+def _by_product(x_BTC, kernel, stride: int):
+    """What each frame sees, all taps side by side, times the kernel."""
+    taps, width_in, width_out = kernel.shape
+    num_frames = (x_BTC.shape[1] - taps) // stride + 1
     runs = -(-taps // stride)
     length = (num_frames + runs - 1) * stride
-    missing = max(0, length - num_samples)
+    missing = max(0, length - x_BTC.shape[1])
     x_BTC = jnp.pad(x_BTC, ((0, 0), (0, missing), (0, 0)))[:, :length]
-    blocks_BTC = x_BTC.reshape(batch, -1, stride * width)
-    seen = [blocks_BTC[:, i : i + num_frames, : (taps - i * stride) * width] for i in range(runs)]
-    return jnp.concatenate(seen, axis=-1)
-
-
-def _flat(kernel):
-    return kernel.reshape(-1, kernel.shape[2])
-
-
-def _convolve_and_save(x_BTC, kernel, stride: int):
-    if _by_products():
-        # What frames see is kept: made again it would take longer than the product with it.
-        seen_BTC = _side_by_side(x_BTC, len(kernel), stride)
-        return seen_BTC @ _flat(kernel), (x_BTC[:0], seen_BTC, kernel)
-    return _conv(x_BTC, kernel, stride), (x_BTC, None, kernel)
+    blocks_BTC = x_BTC.reshape(len(x_BTC), -1, stride * width_in)
+    seen = [
+        blocks_BTC[:, i : i + num_frames, : (taps - i * stride) * width_in] for i in range(runs)
+    ]
+    return jnp.concatenate(seen, axis=-1) @ kernel.reshape(-1, width_out)
 
 
 def _gradients_of_conv(stride: int, saved, grad_BTD):
-    x_BTC, seen_BTC, kernel = saved
-    size = {"stride": stride, "num_frames": x_BTC.shape[1]}
-    if seen_BTC is not None:
-        grad_kernel = jnp.tensordot(seen_BTC, grad_BTD, axes=((0, 1), (0, 1)))
-        return _gradient_by_product(grad_BTD, kernel, **size), grad_kernel.reshape(kernel.shape)
+    x_BTC, kernel = saved
+
+    def of_kernel(form, grad_BTD, x_BTC):
+        return jax.linear_transpose(lambda k: form(x_BTC, k, stride), kernel)(grad_BTD)[0]
 
     def of_input(grad_BTD, kernel):
         return jax.linear_transpose(lambda x: _conv(x, kernel, stride), x_BTC)(grad_BTD)[0]
 
-    by_phase = functools.partial(_gradient_by_phase, **size)
-    grad_BTC = jax.lax.platform_dependent(grad_BTD, kernel, cpu=by_phase, default=of_input)
-    (grad_kernel,) = jax.linear_transpose(lambda k: _conv(x_BTC, k, stride), kernel)(grad_BTD)
+    num_frames = x_BTC.shape[1]
+    by_phase = functools.partial(_input_gradient, stride=stride, num_frames=num_frames)
+    by_product = functools.partial(_input_gradient_by_product, stride=stride, num_frames=num_frames)
+
+    # Not by the default backend: hubert plan compiles for TPUs on a CPU.
+    grad_BTC = jax.lax.platform_dependent(
+        grad_BTD, kernel, cpu=by_phase, cuda=by_product, default=of_input
+    )  # fmt: skip
+    grad_kernel = jax.lax.platform_dependent(
+        grad_BTD, x_BTC,
+        cuda=functools.partial(of_kernel, _by_product), default=functools.partial(of_kernel, _conv),
+    )  # fmt: skip
     return grad_BTC, grad_kernel
 
 
-def _gradient_by_phase(grad_BTD, kernel, *, stride: int, num_frames: int):
+def _input_gradient(grad_BTD, kernel, *, stride: int, num_frames: int):
     """x[stride * t + phase] went through every stride-th tap, from tap `phase` on."""
     most_taps = -(-kernel.shape[0] // stride)
     phases = []
@@ -151,7 +151,7 @@ def _gradient_by_phase(grad_BTD, kernel, *, stride: int, num_frames: int):
     return _to_length(grad_BTC, num_frames)
 
 
-def _gradient_by_product(grad_BTD, kernel, *, stride: int, num_frames: int):
+def _input_gradient_by_product(grad_BTD, kernel, *, stride: int, num_frames: int):
     """`stride` frames of x at a time are one row of a product: all of them with the same outputs.
 
     A tap that a kernel lacks is a block of zeros: with 3 taps at stride 2 a third more operations,
@@ -173,7 +173,10 @@ def _to_length(x_BTC, num_frames: int):
     return jnp.pad(x_BTC, ((0, 0), (0, unseen), (0, 0)))[:, :num_frames]
 
 
-strided_conv.defvjp(_convolve_and_save, _gradients_of_conv)
+strided_conv.defvjp(
+    lambda x_BTC, kernel, stride: (_forward(x_BTC, kernel, stride), (x_BTC, kernel)),
+    _gradients_of_conv,
+)
 
 
 class LayerNorm(nnx.Module):

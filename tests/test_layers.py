@@ -96,8 +96,7 @@ def test_group_norm_of_a_row_without_frames_is_finite():
 
 
 @pytest.mark.parametrize("platform", ("cpu", "tpu", "cuda"))
-def test_what_is_compiled_for_another_platform_here_has_no_form_for_cpus(platform, monkeypatch):
-    monkeypatch.setattr(layers, "_by_products", lambda: platform == "cuda")
+def test_what_is_compiled_for_another_platform_here_has_no_form_for_cpus(platform):
     norm = layers.LayerNorm(8)
     kernel = jnp.ones((3, 8, 8))
 
@@ -125,10 +124,8 @@ def test_what_is_compiled_for_another_platform_here_has_no_form_for_cpus(platfor
     ("taps", "stride", "width", "num_samples"),
     [(3, 2, 8, 101), (3, 2, 8, 100), (2, 2, 8, 31), (10, 5, 1, 403), (10, 5, 1, 400), (4, 3, 2, 4)],
 )
-def test_a_convolution_by_products_is_the_convolution(
-    taps, stride, width, num_samples, monkeypatch
-):
-    """As are its gradients: the forms for GPUs and for CPUs."""
+def test_a_convolution_by_product_is_the_convolution(taps, stride, width, num_samples):
+    """As are its gradients: the form for NVIDIA GPUs."""
     x_BTC = jax.random.normal(jax.random.key(0), (2, num_samples, width))
     kernel = jax.random.normal(jax.random.key(1), (taps, width, 16))
 
@@ -136,12 +133,13 @@ def test_a_convolution_by_products_is_the_convolution(
         y_BTC, pull = jax.vjp(lambda x, k: form(x, k, stride), x_BTC, kernel)
         return y_BTC, *pull(jnp.sin(jnp.arange(y_BTC.size).reshape(y_BTC.shape)))
 
-    want = value_and_gradients(layers._conv)
-    for by_products in (True, False):
-        monkeypatch.setattr(layers, "_by_products", lambda by_products=by_products: by_products)
-        np.testing.assert_allclose(layers.strided_conv(x_BTC, kernel, stride), want[0], atol=3e-5)
-        for a, b in zip(value_and_gradients(layers.strided_conv), want, strict=True):
-            np.testing.assert_allclose(a, b, atol=3e-5)
+    got, want = map(value_and_gradients, (layers._by_product, layers._conv))
+    for a, b in zip(got, want, strict=True):
+        np.testing.assert_allclose(a, b, atol=3e-5)
+    grad_BTD = jnp.sin(jnp.arange(want[0].size).reshape(want[0].shape))
+    for of_input in (layers._input_gradient_by_product, layers._input_gradient):
+        got_BTC = of_input(grad_BTD, kernel, stride=stride, num_frames=num_samples)
+        np.testing.assert_allclose(got_BTC, want[1], atol=3e-5)
 
 
 # --- dropout
