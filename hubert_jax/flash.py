@@ -18,9 +18,8 @@ import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
-from hubert_jax.layers import _hash
+from hubert_jax.layers import bits_of_columns, bits_of_rows
 
-GOLDEN = 0x9E3779B9  # the step from column to column in layers.random_bits
 QUERY, KEY, VALUE = np.arange(3, dtype=np.int32)  # the interpreter wants arrays
 NARROWEST = 16  # head width and block: what a tensor core multiplies
 
@@ -64,7 +63,7 @@ def attend(
         row_BH1 = row_B11 * jnp.uint32(num_heads or heads) + head_H1[None]
         frame_T = jnp.arange(num_frames, dtype=jnp.uint32)
         row_BHT = row_BH1 * jnp.uint32(num_frames) + frame_T[None, None]
-        bits_BHT = _hash(row_BHT ^ seeds_2[0]) ^ seeds_2[1]
+        bits_BHT = bits_of_rows(row_BHT, seeds_2)
     how = _How(float(rate), interpret, forward, for_keys, for_queries)
     lengths_B = jnp.minimum(lengths_B, num_frames).astype(jnp.int32)
     return _attend(how, qkv_BTCHK, lengths_B, bits_BHT)
@@ -286,8 +285,7 @@ class _Part:
 
 def _keep(bits, places, rate: float):
     """Which weights stay, as layers.dropout has it: bits of the rows and places of the columns."""
-    random = _hash(bits + places.astype(jnp.uint32) * jnp.uint32(GOLDEN))
-    return random >= jnp.uint32(round(rate * 2**32))
+    return bits_of_columns(bits, places.astype(jnp.uint32)) >= jnp.uint32(round(rate * 2**32))
 
 
 def _log2_scale(width: int) -> float:

@@ -313,8 +313,17 @@ def random_bits(key, shape: tuple[int, ...]):
     for axis, size in enumerate(shape[:-1]):
         row = row * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, row.shape, axis)
     column = jax.lax.broadcasted_iota(jnp.uint32, shape, len(shape) - 1)
+    return bits_of_columns(bits_of_rows(row, seeds), column)
+
+
+def bits_of_rows(row, seeds_2):
+    """What the columns of a row start from; rows by their number among all, uint32."""
+    return _hash(row ^ seeds_2[0]) ^ seeds_2[1]
+
+
+def bits_of_columns(row_bits, column):
     golden = jnp.uint32(0x9E3779B9)  # 2^32 divided by the golden ratio: neighbours end up far apart
-    return _hash((_hash(row ^ seeds[0]) ^ seeds[1]) + column * golden)
+    return _hash(row_bits + column * golden)
 
 
 def _hash(x):

@@ -17,10 +17,11 @@ import contextlib
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import jax
+import numpy as np
 from jax.experimental import multihost_utils
 
 AUTO = "auto"
@@ -131,6 +132,16 @@ def wait(what: str) -> None:
     """Returns once every process has come to the same place."""
     if this()[1] > 1:
         multihost_utils.sync_global_devices(what)
+
+
+def agree(numbers: Sequence[int]) -> bool:
+    """Whether every process came with these, of which there are less than eight; it waits."""
+    if this()[1] == 1:
+        return True
+    padded = np.full(8, -1, np.int32)
+    padded[: len(numbers)] = numbers
+    everyones = multihost_utils.process_allgather(padded)
+    return bool((everyones == padded).all())
 
 
 def leave(code: int) -> None:

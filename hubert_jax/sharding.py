@@ -128,12 +128,13 @@ def on_own_rows(function: Callable[..., Any], rows: Any, *whole: jax.Array) -> A
 
 
 def on_own_heads(
-    function: Callable[..., Any], x: jax.Array, per_row: jax.Array, *whole: jax.Array
+    function: Callable[..., Any], x: jax.Array, per_row: jax.Array, *whole: jax.Array, ndim: int
 ) -> jax.Array:
     """`function(first, x, per_row, *whole)`: every device has its own rows and heads of x.
 
-    x and what function makes of it are (rows, ..., heads, width); per_row has rows first, and every
-    device has all of the others. `first` says where its first row and head are among all.
+    x and what function makes of it, of `ndim` axes, are (rows, ..., heads, width); per_row has rows
+    first, and every device has all of the others. `first` says where its first row and head are
+    among all.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
@@ -148,10 +149,9 @@ def on_own_heads(
     def place(ndim: int) -> P:
         return P(rows, *(None,) * (ndim - 3), heads, None)
 
-    made = jax.eval_shape(lambda *args: function((0, 0), *args), x, per_row, *whole)
     specs = (place(x.ndim), P(rows), *(P() for _ in whole))
     # Pallas' interpreter does not know over which axes a value varies.
-    split = jax.shard_map(own, in_specs=specs, out_specs=place(made.ndim), check_vma=False)
+    split = jax.shard_map(own, in_specs=specs, out_specs=place(ndim), check_vma=False)
     return split(x, per_row, *whole)
 
 

@@ -112,7 +112,7 @@ class Store:
 def is_made(folder: epath.PathLike, made_from: cards.Card) -> bool:
     """Whether the store is finished and made from this; as cards.is_made.
 
-    A run that was killed right after the card was written has left its plan, which goes here.
+    A run that was killed right after the card was written has left what it needed before; it goes.
     """
     folder = epath.Path(folder)
     if not cards.is_made(folder / "card.json", made_from):
@@ -284,7 +284,7 @@ def _digest(path: epath.Path) -> str | None:
 def _clear(folder: epath.Path) -> None:
     """Removes what an unfinished store needs and a finished one does not."""
     for path in folder.glob("shard-*.json"):
-        path.unlink()
+        path.unlink(missing_ok=True)  # other processes do the same
     (folder / PLAN).unlink(missing_ok=True)
 
 

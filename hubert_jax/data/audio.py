@@ -30,9 +30,11 @@ MAX_CHANNELS = 64
 RATES = (1_000, 1_000_000)  # Hz; what says another rate has a damaged header
 # What libsndfile notes of a .wav, .aiff, .au or .w64 that is shorter than its header says.
 SIZE_IN_LOG = re.compile(r"(?:data|SSND|Data Size|riff|Riff size) *: (\d+) \(should be (\d+)\)")
-MAX_MISSING = 64  # bytes; fewer are a writer's carelessness, who counts the header in, say
-# What it notes of an .ogg or .opus that was cut; every stream has an end that says so.
-CUT_IN_LOG = re.compile(r"Ogg ?: (Junk after the last page|Last page lacks|File ended unexp)")
+MAX_MISSING = 128  # bytes; fewer are a writer's carelessness, who counts the header in, say
+# What it notes of an .ogg or .opus whose stream has no end, and of one that goes on after it.
+CUT_IN_LOG = re.compile(r"Ogg ?: (Last page lacks|File ended unexp)")
+JUNK_IN_LOG = re.compile(r"Ogg ?: Junk after the last page")
+OGG_HEADER, MAX_OGG_PAGE = 27, 65_307  # bytes
 UNKNOWN_SIZE = 2**31 - 2**16  # bytes; who writes into a pipe fills in the largest number there is
 UNKNOWN_LENGTH = 2**62  # libsndfile's answer for a stream of unknown length is near 2**63
 
@@ -63,20 +65,44 @@ def _bad_header(sound: soundfile.SoundFile, file: BinaryIO) -> str:
     """What is wrong with a file by its header and its size; "" where nothing is."""
     if sound.channels > MAX_CHANNELS or not RATES[0] <= sound.samplerate <= RATES[1]:
         return f"unreadable: {sound.channels} channels at {sound.samplerate} Hz"
-    said = SIZE_IN_LOG.search(sound.extra_info)
-    if said and int(said[1]) - int(said[2]) > MAX_MISSING and int(said[1]) < UNKNOWN_SIZE:
-        return f"ends early: {said[2]} of {said[1]} bytes of samples"
+    for said, found in SIZE_IN_LOG.findall(sound.extra_info):
+        is_known = not UNKNOWN_SIZE <= int(said) < 2**32
+        if is_known and int(said) - int(found) > MAX_MISSING:
+            return f"ends early: {found} of {said} bytes of samples"
+    seconds = sound.frames / sound.samplerate
     if CUT_IN_LOG.search(sound.extra_info):
-        seconds = sound.frames / sound.samplerate
         return f"ends early: after {seconds:.1f} s, without the end of its stream"
+    if JUNK_IN_LOG.search(sound.extra_info):
+        reason = _after_ogg(file)
+        return reason and f"{reason}, after {seconds:.1f} s"
     if sound.format == "NIST":  # of which nothing is noted
-        position = file.tell()
-        file.seek(0)
-        count = re.search(rb"\nsample_count -i (\d+)\s", file.read(1024))
-        file.seek(position)
+        count = re.search(rb"\nsample_count -i (\d+)\s", _part(file, 0, 1024))
         if count and sound.frames < int(count[1]):
             return f"ends early: {sound.frames} of {int(count[1])} samples"
     return ""
+
+
+def _after_ogg(file: BinaryIO) -> str:
+    """What is wrong with an Ogg file after whose stream there is more; "" where it is a tag."""
+    tail = _part(file, -MAX_OGG_PAGE, MAX_OGG_PAGE)
+    last = tail.rfind(b"OggS")
+    page = tail[last:] if last >= 0 else b""
+    num_parts = page[OGG_HEADER - 1] if len(page) >= OGG_HEADER else 0
+    parts = page[OGG_HEADER : OGG_HEADER + num_parts]
+    if page and len(page) < OGG_HEADER + num_parts + sum(parts):
+        return "ends early: in the middle of a page"
+    is_other = page and page[14:18] != _part(file, 14, 4)  # the number of its stream
+    return "more than one stream, of which only the first is read" if is_other else ""
+
+
+def _part(file: BinaryIO, start: int, size: int) -> bytes:
+    """`size` bytes from `start` on, or so many from the end; the file stays where it is."""
+    position = file.tell()
+    length = file.seek(0, io.SEEK_END)
+    file.seek(max(0, start if start >= 0 else length + start))
+    part = file.read(size)
+    file.seek(position)
+    return part
 
 
 def pieces(sound: soundfile.SoundFile, max_samples: int) -> Iterator[tuple[int, np.ndarray]]:
@@ -116,17 +142,26 @@ def blocks(sound: soundfile.SoundFile) -> Iterator[np.ndarray]:
 def _check_end(sound: soundfile.SoundFile, num_read: int) -> None:
     """Raises Rejected where a file that was read to its end has fewer samples than it says.
 
-    An .mp3 says so in its Xing or Info header. Without one libsndfile takes the first frame's size
-    for that of all, and stops there: right where the bit rate is constant.
+    An .mp3 says so in a header in its first frame. Without one libsndfile takes that frame's size
+    for the size of all, and stops where they would end: right where the bit rate is constant.
     """
-    if sound.format == "FLAC" and num_read != sound.frames < UNKNOWN_LENGTH:
-        raise Rejected(f"ends early: {num_read} of {sound.frames} samples")
+    is_early = sound.format == "FLAC" and num_read != sound.frames < UNKNOWN_LENGTH
     if sound.format == "MP3":
-        if num_read <= sound.frames - (1152 if sound.samplerate >= 32_000 else 576):  # a frame
-            raise Rejected(f"ends early: {num_read} of {sound.frames} samples")
-        following = sound.name.read(2)  # of the file, as it is open: a tag, or one more frame
-        if len(following) == 2 and following[0] == 0xFF and following[1] >= 0xE0:
+        file = sound.name  # as open_file was given it
+        if _says_length(file):
+            is_early = num_read <= sound.frames - (1152 if sound.samplerate >= 32_000 else 576)
+        elif re.match(rb"\xff[\xe0-\xff]", file.read(2)):  # one more frame, and no tag
             raise Rejected(f"says no length: there is more after {num_read} samples")
+    if is_early:
+        raise Rejected(f"ends early: {num_read} of {sound.frames} samples")
+
+
+def _says_length(file: BinaryIO) -> bool:
+    """Whether an .mp3 has a header of LAME's or Fraunhofer's kind, after a tag in front."""
+    tag = _part(file, 0, 10)
+    size = sum(byte << shift for byte, shift in zip(tag[6:10], (21, 14, 7, 0), strict=False))
+    first = _part(file, 10 + size if tag.startswith(b"ID3") else 0, 256)
+    return any(name in first for name in (b"Xing", b"Info", b"VBRI"))
 
 
 def cut(blocks: Iterable[np.ndarray], max_samples: int) -> Iterator[tuple[int, np.ndarray]]:

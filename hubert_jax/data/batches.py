@@ -8,6 +8,7 @@ a run is the step: it resumes exactly, on any number of processes.
 N utterances, B rows of a batch, S samples, T frames, G label sets
 """
 
+import contextlib
 import dataclasses
 import functools
 import math
@@ -228,7 +229,7 @@ def stream(
         )
     iterator = iter(loaded)
     try:
-        with workers.shielded():
+        with workers.shielded() if config.num_workers else contextlib.nullcontext():
             first = next(iterator, None)  # the loaders start
         if first is not None:
             yield first

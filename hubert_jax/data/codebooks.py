@@ -52,7 +52,7 @@ def keep_unfinished(
     folder: epath.Path, arrays: Mapping[str, np.ndarray], *, made_from: cards.Card
 ) -> None:
     """Where a fit stands, for `read_unfinished`."""
-    made = np.array(json.dumps(cards.normal(made_from), sort_keys=True))
+    made = np.array(json.dumps(_made(made_from), sort_keys=True))
     with cards.whole(folder / UNFINISHED) as unfinished, unfinished.open("wb") as file:
         np.savez(file, made_from=made, **arrays)  # type: ignore[arg-type]
 
@@ -67,13 +67,21 @@ def read_unfinished(
     path = folder / UNFINISHED
     if not path.exists():
         return None
-    arrays = cards.read_arrays(path, {**kinds, "made_from": "U"}, may_lack=may_lack)
-    made = json.loads(arrays.pop("made_from").item())
-    difference = cards.first_difference(made, cards.normal(made_from))
+    try:
+        arrays = cards.read_arrays(path, {**kinds, "made_from": "U"}, may_lack=may_lack)
+        made = json.loads(str(arrays.pop("made_from")))
+    except ValueError as error:
+        raise ValueError("damaged") from error
+    difference = cards.first_difference(made, _made(made_from))
     if difference is not None:
         field, found, expected = difference
-        raise ValueError(f"{path}: {field} was {found!r}, this run has {expected!r}")
+        raise ValueError(f"{field} was {found!r}, this run has {expected!r}")
     return arrays
+
+
+def _made(made_from: cards.Card) -> cards.Card:
+    """With the versions: another one's fit may go on otherwise."""
+    return cards.normal({**made_from, "versions": cards.versions(), "format": cards.FORMAT})
 
 
 def forget_unfinished(folder: epath.Path) -> None:

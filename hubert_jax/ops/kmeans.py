@@ -125,6 +125,10 @@ class State:
         }
         return {name: np.asarray(value) for name, value in values.items()}
 
+    def progress(self) -> list[int]:
+        """How far it is; two states of a fit are the same where these are."""
+        return [self.num_batches, self.num_lloyd_passes, self.num_passes, self.num_runs]
+
     KINDS: ClassVar[dict[str, str]] = {
         "centers_CD": "f", "counts_C": "i", "random": "U", "num_runs": "i", "num_passes": "i",
         "num_batches": "i", "smoothed": "f", "lowest": "f", "since_lowest": "i", "pending": "f",
@@ -135,10 +139,18 @@ class State:
 
     @classmethod
     def from_arrays(cls, arrays: Mapping[str, np.ndarray]) -> Self:
+        """What `arrays` gave. Raises ValueError where they do not belong together."""
         rest: dict[str, Any] = dict(arrays)
         sums = [rest.pop(f"sums_{name}", None) for name in nearest.Sums._fields]
         values = {name: x if x.ndim else x.item() for name, x in rest.items()}
         values["pending"] = [(inertia, int(rows)) for inertia, rows in rest["pending"].tolist()]
+        num_codes, width = np.shape(values["centers_CD"])
+        given = [x for x in sums if x is not None]
+        shapes = [np.shape(x) for x in (values["counts_C"], *given)]
+        wanted = [(num_codes,), (num_codes, width), (num_codes,), ()]
+        if shapes not in (wanted[:1], wanted):
+            raise ValueError(f"{num_codes} centres of {width}, and arrays of {shapes}")
+        np.random.default_rng().bit_generator.state = json.loads(values["random"])
         return cls(**values, sums=None if sums[0] is None else nearest.Sums(*sums))
 
 
@@ -152,7 +164,7 @@ def _no_bar(
     return contextlib.nullcontext(NO_BAR)
 
 
-def _forget(state: State) -> None:
+def _keep_nothing(state: State) -> None:
     pass
 
 
@@ -168,16 +180,16 @@ def fit(
     sharding: NamedSharding,
     progress: StartBar = _no_bar,
     state: State | None = None,
-    keep: Callable[[State], None] = _forget,
+    keep: Callable[[State], None] = _keep_nothing,
 ) -> KMeans:
     """Fits centres to the rows of `shards`: arrays or memory maps (rows, D) of any float type.
 
     `sharding` splits the rows of a batch over the devices. In a run of several processes each calls
     this with the same arguments, reads its own rows, and gets the same result. Each phase calls
     `progress(title, total rows or None, done=rows)` for a context manager with
-    `advance(rows, note=text)`. `keep` is called after the seeding and after every batch with the
-    state, of which only `State.arrays` may be kept; given as `state` to a later call with the same
-    other arguments, that one ends with the same result.
+    `advance(rows, note=text)`. `keep` is called with the state after the seeding and after every
+    batch but the last of each phase; what `State.arrays` gives of it may be kept. A later call with
+    such a `state`, which it moves on, and the same other arguments ends with the same result.
     Raises ValueError when there are fewer rows, or fewer distinct rows, than codes.
     """
     reader = rows.Reader(shards, sharding)
@@ -350,7 +362,7 @@ def _full_passes(
 
 
 def full_pass(
-    reader: rows.Reader, state: State, *, bar=NO_BAR, keep: Callable[[State], None] = _forget
+    reader: rows.Reader, state: State, *, bar=NO_BAR, keep: Callable[[State], None] = _keep_nothing
 ) -> nearest.Sums:
     """The sums of all rows: of those of the state, and of the rest."""
     state.sums = reader.replicate(state.sums or nearest.no_sums(state.centers_CD))

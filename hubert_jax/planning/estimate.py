@@ -19,7 +19,7 @@ from hubert_jax.planning.chips import USABLE, Topology
 from hubert_jax.planning.work import Work
 
 # Bytes of the plain attention per head and pair of frames: kept for the backward pass, and moved.
-# A GPU whose attention is cuDNN's (attention.py) needs less.
+# A GPU that computes without weights of T x T (attention.py) needs less.
 ATTENTION_KEPT, ATTENTION_MOVED = 8, 28
 # Bytes per element of the residual width D, and of the feed-forward width F, in every layer.
 WIDTH_KEPT, WIDTH_MOVED = 26, 120

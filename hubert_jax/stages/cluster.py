@@ -51,8 +51,7 @@ def run(config: ConfigDict, workdir: epath.Path) -> None:
         return
 
     started = time.monotonic()
-    state = unfinished(folder, made_from)
-    processes.wait("k-means")  # all have read it before the first one writes it again
+    state = unfinished(folder, made_from, shape=(settings.num_codes, store.width))
     codebook = kmeans.fit(
         [store.shard(shard) for shard in range(store.num_shards)],
         settings,
@@ -93,17 +92,27 @@ def source_of(config: ConfigDict) -> dict[str, Any]:
     return {"source__kind": features.kind, **layer}
 
 
-def unfinished(folder: epath.Path, made_from: cards.Card) -> kmeans.State | None:
-    """Where an interrupted fit stands; None where there is none that can be gone on with."""
+def unfinished(
+    folder: epath.Path, made_from: cards.Card, *, shape: tuple[int, int | None]
+) -> kmeans.State | None:
+    """Where an interrupted fit stands, the same in all processes; None where it begins anew."""
     kinds, may_lack = kmeans.State.KINDS, kmeans.State.MAY_LACK
+    state = None
     try:
         arrays = codebooks.read_unfinished(folder, kinds, may_lack=may_lack, made_from=made_from)
-    except ValueError as error:
-        logs.info(f"{error}; k-means begins anew")
+        if arrays is not None:
+            state = kmeans.State.from_arrays(arrays)
+            if state.centers_CD.shape != shape:
+                raise ValueError(f"centres of {state.centers_CD.shape}, not {shape}")
+    except (ValueError, TypeError, KeyError) as error:
+        logs.info(f"{folder / codebooks.UNFINISHED}: {error}; k-means begins anew")
+        state = None
+    # No one writes it again before all have read it; a shared disk may show them different ones.
+    if not processes.agree([-1] if state is None else state.progress()):
+        logs.info(f"{folder}: processes see different states; k-means begins anew")
         return None
-    if arrays is None:
+    if state is None:
         return None
-    state = kmeans.State.from_arrays(arrays)
     logs.info(
         f"{folder}: k-means goes on after {state.num_batches} mini-batches and"
         f" {max(state.num_lloyd_passes, 0)} full passes"

@@ -41,7 +41,11 @@ def trial(project: Project, stage: str, moments: list[str]) -> list[str] | None:
             faults.append(f"{len(shards - whole_shards(project.work))} whole shards made again")
         faults += repeated(ran, newest, resumed)
         if not is_killed:
-            if has_state and "done before" not in ran.output and GOES_ON not in ran.output:
+            if (
+                has_state
+                and "codebook.npz: done before" not in ran.output
+                and GOES_ON not in ran.output
+            ):
                 faults.append("k-means began anew")
             break
         if steps_ahead(project) > STEPS_AHEAD:

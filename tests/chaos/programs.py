@@ -19,6 +19,8 @@ def damaged(project: Project, what: str, seconds: float) -> list[str] | None:
     if what == "killed":
         changes = project.run(STAGE, CHAOS_FOLDER=str(folder), **environment).changes
         written = [n for n, change in enumerate(changes, 1) if change.name.endswith("-cache")]
+        if not written:
+            return ["no program was kept"]
         project.restore(STAGE)
         shutil.rmtree(folder)
         moment = f"{written[len(written) // 2]}:{seconds}"

@@ -159,12 +159,39 @@ def test_a_file_that_is_cut_short_is_rejected(container, subtype):
 def test_a_header_may_count_itself_in(container):
     noise = np.random.default_rng(0).normal(0, 0.1, 4 * RATE)
     whole = file_of(noise, RATE, format=container, subtype="PCM_16").getvalue()
-    audio.open_file(io.BytesIO(whole[:-44]))
+    audio.open_file(io.BytesIO(whole[:-78]))  # what ffmpeg's is long
+
+
+@pytest.mark.parametrize("rate", [RATE, 44_100])
+@pytest.mark.parametrize("more", [0, 1, 20, 47, 300])
+def test_an_mp3_with_its_length_is_read_whole(rate, more):
+    """The last frame may be padding alone, which is not read."""
+    frame = 1152 if rate > RATE else 576
+    noise = np.random.default_rng(0).normal(0, 0.1, 40 * frame + more)
+    mp3 = file_of(noise, rate, format="MP3").getvalue()
+    ape = b"APETAGEX" + bytes(1000)
+    for content in (mp3, mp3 + ape, b"ID3\x04\0\0\0\0\x0f\x76" + bytes(2038) + mp3):
+        found = audio.open_file(io.BytesIO(content))
+        num_samples = sum(map(len, audio.blocks(found)))
+        assert abs(num_samples - len(noise) * RATE / rate) <= 1
+
+
+def test_what_follows_an_ogg_stream_may_be_a_tag_and_no_other_stream():
+    noise = np.random.default_rng(0).normal(0, 0.1, 4 * RATE)
+    ogg = file_of(noise, RATE, format="OGG", subtype="VORBIS").getvalue()
+    tagged = audio.open_file(io.BytesIO(ogg + b"TAG" + bytes(125)))
+    assert sum(map(len, audio.blocks(tagged))) == 4 * RATE
+    other = file_of(noise[:RATE], RATE, format="OGG", subtype="VORBIS").getvalue()
+    with pytest.raises(audio.Rejected, match=r"more than one stream.*, after 4\.0 s"):
+        audio.open_file(io.BytesIO(ogg + other))
+    for missing in range(1, 4000, 97):
+        with pytest.raises(audio.Rejected, match="ends early"):
+            audio.open_file(io.BytesIO(ogg[:-missing]))
 
 
 @pytest.mark.parametrize("rate", [RATE, 44_100])
 def test_an_mp3_whose_length_is_a_guess_is_read_whole_or_rejected(rate):
-    """Without the Xing or Info header, which is its first frame."""
+    """Without the Xing or Info header, which is its first frame; tags say nothing."""
     random = np.random.default_rng(0)
     noise = random.normal(0, 0.1, 20 * rate) * np.repeat(random.random(200), rate // 10)
     for mode, is_read in (("CONSTANT", True), ("VARIABLE", False)):
@@ -172,7 +199,8 @@ def test_an_mp3_whose_length_is_a_guess_is_read_whole_or_rejected(rate):
             noise, rate, format="MP3", bitrate_mode=mode, compression_level=0.5
         ).getvalue()
         headless = mp3[mp3.index(mp3[:2], 200) :]
-        for content in (headless, headless + b"TAG" + bytes(125)):
+        id3 = b"ID3\x04\0\0\0\0\x0f\x76" + bytes(2038)
+        for content in (headless, headless + b"TAG" + bytes(125), id3 + headless):
             sound = audio.open_file(io.BytesIO(content))
             if is_read:
                 assert sum(map(len, audio.blocks(sound))) >= 20 * RATE

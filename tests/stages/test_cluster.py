@@ -134,7 +134,21 @@ def test_what_cannot_be_gone_on_with_is_begun_anew(workdir, monkeypatch, capsys)
     content = bytearray(unfinished.read_bytes())
     content[len(content) // 2] ^= 1
     unfinished.write_bytes(content)
-    assert "codebook.unfinished.npz: damaged" in again()
+    said = again()
+    assert "codebook.unfinished.npz: damaged; k-means begins anew" in said and "remove" not in said
+    for name, other in (
+        ("centers_CD", np.zeros((6, 4), np.float32)), ("random", np.array("{}")),
+        ("pending", np.zeros((2, 3))), ("sums_inertia", np.float32(0)),
+    ):  # fmt: skip
+        interrupted(monkeypatch, workdir, after=3)
+        with np.load(unfinished) as kept:
+            arrays_ = dict(kept)
+        np.savez(unfinished, **arrays_ | {name: other})
+        assert "k-means begins anew" in again(), name
+    with monkeypatch.context() as patch:
+        patch.setattr(cards, "versions", lambda: {"hubert_jax": "0.2.0"})
+        interrupted(monkeypatch, workdir, after=2)
+    assert "versions.hubert_jax was '0.2.0', this run has" in again()
 
 
 def test_a_kill_right_after_the_card_leaves_nothing(workdir, monkeypatch):
