@@ -6,6 +6,7 @@ that is indexed by the step, randomness from fold_in(key, step), so a run that s
 again is the same run.
 """
 
+import contextlib
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -131,7 +132,8 @@ def fit(
     `report(step, metrics, seconds, waited)` gets the sums since the last report, read one step
     late so that the device never waits for the host, with the wall time and the seconds spent
     waiting for batches. Before that, `watch(step, metrics)` sees each of these steps alone; what it
-    raises ends training. Raises Interrupted after a signal, once the state is saved.
+    raises ends training. Raises Interrupted after a signal, once the state is saved; until the
+    first step is compiled, when there is nothing to save, a signal ends the process at once.
     """
     done = int(state.step)
     pending: list = []
@@ -149,13 +151,15 @@ def fit(
         report(done - len(pending) + count, sum_metrics(ready), now - since, waited)
         pending, waited, since = pending[count:], 0.0, now
 
-    with processes.stop_signals() as stop_asked:
+    with contextlib.ExitStack() as stack:
+        stop_asked = None
         while done < num_steps:
             asked = time.perf_counter()
             _, batch = next(batches)
             waited += time.perf_counter() - asked
             state, metrics = step(state, batch, key)
             done += 1
+            stop_asked = stop_asked or stack.enter_context(processes.stop_signals())
             stopped = stop_asked(done)
             pending.append(metrics)
             if done % report_every == 0 or done == num_steps:

@@ -14,7 +14,7 @@ Dimensions: N intervals (of one utterance, or of all), U utterances, V names.
 
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 
@@ -148,7 +148,9 @@ def clip(intervals: Intervals, start: int, stop: int) -> Intervals:
 class Packed:
     """Intervals of utterances 0, 1, ..., from the arrays that `pack` or `merge` gave."""
 
-    ARRAYS = ("offsets", "starts", "stops", "codes", "names")
+    KINDS: ClassVar[dict[str, str]] = {
+        "offsets": "i", "starts": "i", "stops": "i", "codes": "i", "names": "U",
+    }  # fmt: skip
 
     def __init__(self, arrays: Mapping[str, np.ndarray]):
         self.offsets: np.ndarray = arrays["offsets"]  # U + 1: an utterance's first interval

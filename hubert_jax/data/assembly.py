@@ -16,7 +16,7 @@ import numpy as np
 from array_record.python import array_record_module
 from etils import epath
 
-from hubert_jax.data import alignments, cards, places
+from hubert_jax.data import alignments, cards
 from hubert_jax.data.corpus import NAME, features, shard_paths
 from hubert_jax.data.utterance import Intervals
 from hubert_jax.ops import frames
@@ -89,25 +89,33 @@ class ShardWriter:
         self._whole.__exit__(type(error), error, error.__traceback__)
 
 
+_KINDS = {
+    "ids": "U", "num_samples": "i", "speakers": "U", "digests": "u", "sample_rates": "i",
+    "rejected": "U", "reasons": "U",
+    **{f"phones_{name}": kind for name, kind in alignments.Packed.KINDS.items()},
+    **{f"words_{name}": kind for name, kind in alignments.Packed.KINDS.items()},
+}  # fmt: skip
+
+
 class Shard:
     """What is known of a shard that a ShardWriter finished."""
 
     def __init__(self, folder: epath.Path, name: str):
         self.path = folder / f"{name}.array_record"
-        with np.load(places.local(folder / f"{name}.npz")) as arrays:
-            self.ids: list[str] = arrays["ids"].tolist()
-            self.num_samples: np.ndarray = arrays["num_samples"]
-            self.speakers: list[str] = arrays["speakers"].tolist()
-            self.digests: np.ndarray = arrays["digests"]
-            self.sample_rates: list[int] = arrays["sample_rates"].tolist()
-            ids, reasons = arrays["rejected"].tolist(), arrays["reasons"].tolist()
-            self.rejected: list[tuple[str, str]] = list(zip(ids, reasons, strict=True))
-            self.times = {
-                kind: alignments.Packed(
-                    {key: arrays[f"{kind}_{key}"] for key in alignments.Packed.ARRAYS}
-                )
-                for kind in ("phones", "words")
-            }
+        arrays = cards.read_arrays(folder / f"{name}.npz", _KINDS)
+        self.ids: list[str] = arrays["ids"].tolist()
+        self.num_samples: np.ndarray = arrays["num_samples"]
+        self.speakers: list[str] = arrays["speakers"].tolist()
+        self.digests: np.ndarray = arrays["digests"]
+        self.sample_rates: list[int] = arrays["sample_rates"].tolist()
+        ids, reasons = arrays["rejected"].tolist(), arrays["reasons"].tolist()
+        self.rejected: list[tuple[str, str]] = list(zip(ids, reasons, strict=True))
+        self.times = {
+            kind: alignments.Packed(
+                {key: arrays[f"{kind}_{key}"] for key in alignments.Packed.KINDS}
+            )
+            for kind in ("phones", "words")
+        }
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -222,7 +230,7 @@ def _write_index(folder: epath.Path, split: str, shards: Sequence[Shard]) -> dic
         times = alignments.Packed(alignments.merge([shard.times[kind] for shard in shards]))
         counts[f"with_{kind}"] = times.num_aligned
         if times.num_aligned:
-            arrays = {key: getattr(times, key) for key in alignments.Packed.ARRAYS}
+            arrays = {key: getattr(times, key) for key in alignments.Packed.KINDS}
             _save(folder / f"{split}.{kind}.npz", arrays | {"names": _strings(times.names)})
     return counts
 

@@ -211,6 +211,12 @@ def enough_space(path: epath.PathLike) -> Iterator[None]:
         ) from error
 
 
+def forget_unfinished(path: epath.Path) -> None:
+    """Removes what a run that was killed in `whole` has left beside a local path."""
+    if places.is_local(path):
+        _beside(path)
+
+
 def _beside(path: epath.Path) -> epath.Path:
     name = f".unfinished-{path.name}"
     if len(os.fsencode(name)) > MAX_NAME:

@@ -86,6 +86,7 @@ def _made(made_from: cards.Card) -> cards.Card:
 
 def forget_unfinished(folder: epath.Path) -> None:
     (folder / UNFINISHED).unlink(missing_ok=True)
+    cards.forget_unfinished(folder / UNFINISHED)
 
 
 def read_card(path: epath.PathLike) -> cards.Card:

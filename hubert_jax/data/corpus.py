@@ -143,8 +143,7 @@ class Split:
 
 
 def _load_times(path: epath.Path) -> alignments.Packed:
-    kinds = {"offsets": "i", "starts": "i", "stops": "i", "codes": "i", "names": "U"}
-    return alignments.Packed(cards.read_arrays(path, kinds))
+    return alignments.Packed(cards.read_arrays(path, alignments.Packed.KINDS))
 
 
 def _read_index(path: epath.Path) -> dict[str, np.ndarray]:

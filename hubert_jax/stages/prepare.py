@@ -8,6 +8,7 @@ goes on with the shards that are missing; nothing is decoded twice.
 
 import collections
 import dataclasses
+import hashlib
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -157,14 +158,28 @@ def _share(work: Sequence[Any]) -> Sequence[Any]:
 
 def _list_source(source: Source, path: epath.Path, speaker_pattern: str, *, report) -> None:
     items, ratio = readers.listing(source, speaker_pattern=speaker_pattern, report=report)
+    listing = json.dumps({"items": items, "seconds_per_byte": ratio})
     with cards.whole(path) as file:
-        file.write_text(json.dumps({"items": items, "seconds_per_byte": ratio}))
+        file.write_text(json.dumps({"listing": listing, "digest": _digest(listing)}))
+
+
+def _digest(listing: str) -> str:
+    return hashlib.sha256(listing.encode()).hexdigest()
 
 
 def _read_listing(source: Source, path: epath.Path) -> Listing:
     if source.kind == "synth":
         return Listing([], 0.0)
-    listing = json.loads(path.read_text())
+    try:
+        kept = json.loads(path.read_text(encoding="utf-8"))
+        if _digest(kept["listing"]) != kept["digest"]:
+            raise ValueError("its checksum is another")
+        listing = json.loads(kept["listing"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{path}: damaged, or of an earlier version ({error}); remove it and run hubert prepare"
+            " again"
+        ) from error
     items = [readers.Item(*fields) for fields in listing["items"]]
     items = [item._replace(beside=tuple(item.beside)) for item in items]
     return Listing(items, listing["seconds_per_byte"])

@@ -211,6 +211,13 @@ def commands(base: pathlib.Path) -> dict[str, list[str]]:
             "export", "units", checkpoint, codebook, f"--audio={audio}",
             f"--out={exports / 'units'}", "--batch_seconds=4",
         ],
+        "export labels": [
+            "export", "labels", f"--labels={work / 'it1' / 'labels'}",
+            f"--corpus={work / 'corpus'}", f"--audio={audio}", f"--out={exports / 'labels'}",
+        ],
+        "export codebook": [
+            "export", "codebook", codebook, f"--out={exports / 'centers.npy'}",
+        ],
         "export weights": [
             "export", "weights", checkpoint, "--format=hf", f"--out={exports / 'weights'}",
         ],

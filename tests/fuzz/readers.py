@@ -29,7 +29,11 @@ from hubert_jax.data import (
 )
 from hubert_jax.data import readers as sources
 from hubert_jax.data.corpus import Split
+from hubert_jax.ops import kmeans
+from hubert_jax.stages import cluster
 
+MADE_FROM = {"kmeans": {"num_codes": 3}}
+TAG = b"ID3\x04\0\0\0\0\x00\x40" + bytes(64)  # with nothing in it
 SETTINGS = shards.Settings(min_samples=400, max_samples=32_000, synth={})
 
 
@@ -100,6 +104,11 @@ def read_codebook(path: pathlib.Path) -> object:
     return codebooks.read_centers(path.with_suffix(".npz")).sum()
 
 
+def read_state(path: pathlib.Path) -> object:
+    """Where a k-means fit stands; what it cannot go on with it begins anew."""
+    return cluster.unfinished(epath.Path(path.parent), MADE_FROM, shape=(3, 4))
+
+
 def read_metrics(path: pathlib.Path) -> object:
     return logs.read_metrics(path)
 
@@ -145,6 +154,9 @@ def made_folder(folder: pathlib.Path) -> None:
         epath.Path(folder / "codebook" / "codebook.npz"), np.ones((3, 4), np.float32),
         made_from={}, source={"kind": "mfcc"}, rate=100, arrays={},
     )  # fmt: skip
+    random = kmeans.as_json(np.random.default_rng(0))
+    state = kmeans.State(np.ones((3, 4), np.float32), np.ones(3, np.int32), random)
+    codebooks.keep_unfinished(epath.Path(folder), state.arrays(), made_from=MADE_FROM)
 
 
 TEXTGRID = b"""File type = "ooTextFile"
@@ -191,7 +203,11 @@ def targets(folder: pathlib.Path) -> list[Target]:
         Target("a.flac", read_audio, (
             sound("FLAC", "PCM_16"), sound("FLAC", "PCM_24", channels=2))),
         Target("a.ogg", read_audio, (sound("OGG", "VORBIS"), sound("OGG", "OPUS"))),
-        Target("a.mp3", read_audio, (sound("MP3", "MPEG_LAYER_III"),)),
+        Target("a.mp3", read_audio, (
+            sound("MP3", "MPEG_LAYER_III"), TAG + sound("MP3", "MPEG_LAYER_III", rate=44_100))),
+        Target("a.sph", read_audio, (sound("NIST", "PCM_16"), sound("NIST", "ULAW"))),
+        Target("a.w64", read_audio, (
+            sound("W64", "PCM_16"), sound("RF64", "PCM_16"), sound("CAF", "PCM_16"))),
         Target("a.aiff", read_audio, (sound("AIFF", "PCM_16"), sound("AU", "PCM_16"))),
         Target("a.tsv", fairseq_files.read_manifest, (b"/root\na/b.wav\t16000\nc.flac\t400\n",)),
         Target("a.km", read_labels, (b"1 2 3\n\n99 0 7 7\n",)),
@@ -210,6 +226,7 @@ def targets(folder: pathlib.Path) -> list[Target]:
         *(Target(f"store/{name}", read_store, (of(f"store/{name}"),)) for name in store),
         *(Target(f"codebook/{name}", read_codebook, (of(f"codebook/{name}"),))
           for name in ("codebook.npz", "codebook.json")),
+        Target(codebooks.UNFINISHED, read_state, (of(codebooks.UNFINISHED),)),
         Target("metrics.jsonl", read_metrics, (
             b'{"step": 99, "train/loss": 4.6}\n{"step": 199, "train/loss": 4.4}\n',)),
     ]  # fmt: skip

@@ -157,8 +157,9 @@ def test_a_kill_right_after_the_card_leaves_nothing(workdir, monkeypatch):
     kept = unfinished.read_bytes()
     cluster.run(config(), workdir)
     unfinished.write_bytes(kept)
+    (workdir / "it2" / f".unfinished-{unfinished.name}").write_bytes(kept[:100])
     cluster.run(config(), workdir)
-    assert not unfinished.exists()
+    assert not list((workdir / "it2").glob("*unfinished*"))
 
 
 def test_a_codebook_made_otherwise_is_refused(workdir):

@@ -9,7 +9,7 @@ import pytest
 from etils import epath
 
 from hubert_jax import config_files
-from hubert_jax.doctor import curves, disk
+from hubert_jax.doctor import curves, disk, plan
 from hubert_jax.stages import doctor, prepare
 from tests.stages.doctor_project import (
     DEMO,
@@ -205,12 +205,32 @@ def test_a_fault_of_the_work_directory_is_found(clean, tmp_path, name):
         (dict(optim__peak_lr=0.1), "look", "plan it1: batch and rate"),
         (dict(checkpoints__every=300), "look", "plan it1: checkpoints"),
         (dict(mesh__fsdp=3), "stop", "devices it1"),
+        (dict(batch__rungs=(0.5,), batch__min_seconds=0.5), "look", "plan it1: cropped"),
+        (dict(model__width=768, model__num_heads=12, optim__peak_lr=5e-4), "look",
+         "plan it1: batch and rate"),  # the paper's rate, and not its batch
     ],
 )  # fmt: skip
 def test_a_fault_of_the_plan_is_found(clean, changes, level, what):
     root, workdir = clean
     found = not_ok(get_config(root, **changes), workdir)
     assert found[what].level == level and found[what].remedy
+
+
+@pytest.mark.parametrize(
+    ("memory", "remat", "level"),
+    [
+        (10**10, "none", "ok"),
+        (10**9, "none", "look"),
+        (10**9, "layer", "ok"),
+        (10**8, "layer", "stop"),
+    ],
+)
+def test_a_device_that_is_too_small_is_found(memory, remat, level):
+    """Half a gigabyte of weights, gradient and moments, and twice as much besides."""
+    config = config_files.load(f"{DEMO}:it1", [f"--config.model.remat={remat}"])
+    size = plan.Size(parameters=2**25, activations=10**9)
+    found = plan.of_memory(config, size, plan.Machine(1, 1, "a GPU", memory))
+    assert found.level == level and (found.remedy or level == "ok")
 
 
 def test_a_disk_that_is_too_small_is_found(clean, monkeypatch):

@@ -148,6 +148,22 @@ def test_interruptions_and_workers_change_no_byte(speech, tmp_path, monkeypatch,
     assert contents(tmp_path / "parts") == contents(tmp_path / "whole")
 
 
+@pytest.mark.parametrize("name", ["listing-000.json", "*.npz"])
+def test_damage_before_the_corpus_is_finished_is_noticed(speech, tmp_path, monkeypatch, name):
+    def killed(*args):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(prepare, "_finish", killed)
+        run(config(speech), tmp_path)
+    path = sorted((tmp_path / "corpus" / "unfinished").glob(name))[0]
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=rf"{path.name}: damaged.*remove"):
+        run(config(speech), tmp_path)
+
+
 def test_a_killed_rename_is_made_up_for(speech, tmp_path, monkeypatch):
     whole = run(config(speech), tmp_path / "whole")
     real = cards.write
