@@ -5,6 +5,7 @@ B batch, T frames, D width, H heads, K head width, C query, key and value
 """
 
 import functools
+import importlib.util
 from typing import Literal
 
 import jax
@@ -30,7 +31,9 @@ def implementation(dtype, head_width: int, *, has_dropout: bool) -> str:
     if _number(getattr(jax.local_devices()[0], "compute_capability", "")) < FLASH_CAPABILITY:
         return "plain"
     if has_dropout:
-        return "kernels" if head_width in (16, 32, 64) else "plain"
+        # Pallas' Triton, which jax means to give up.
+        is_there = importlib.util.find_spec("jax.experimental.pallas.triton") is not None
+        return "kernels" if is_there and head_width in (16, 32, 64) else "plain"
     return "cudnn" if head_width % 8 == 0 and head_width <= 128 else "plain"
 
 
@@ -101,7 +104,7 @@ def by_kernels(qkv_BTCHK, valid_BT=None, *, rate: float, key, interpret: bool = 
 
     Frames come first, as the product that makes them has it, and as the next one wants it.
     """
-    from hubert_jax import flash  # Pallas' Triton, which jax means to give up; only GPUs need it
+    from hubert_jax import flash  # needs Pallas' Triton, which only GPUs do
 
     batch, num_frames, _, num_heads, _ = qkv_BTCHK.shape
     if valid_BT is None:
