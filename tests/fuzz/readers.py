@@ -5,6 +5,7 @@ A target takes the path of a file with any bytes in it. It may succeed, or say i
 errors for people what is wrong with the file; anything else is a fault.
 """
 
+import contextlib
 import io
 import os
 import pathlib
@@ -106,7 +107,8 @@ def read_codebook(path: pathlib.Path) -> object:
 
 def read_state(path: pathlib.Path) -> object:
     """Where a k-means fit stands; what it cannot go on with it begins anew."""
-    return cluster.unfinished(epath.Path(path.parent), MADE_FROM, shape=(3, 4))
+    with contextlib.redirect_stdout(io.StringIO()):
+        return cluster.unfinished(epath.Path(path.parent), MADE_FROM, shape=(3, 4))
 
 
 def read_metrics(path: pathlib.Path) -> object:
