@@ -106,9 +106,12 @@ def read_codebook(path: pathlib.Path) -> object:
 
 
 def read_state(path: pathlib.Path) -> object:
-    """Where a k-means fit stands; what it cannot go on with it begins anew."""
-    with contextlib.redirect_stdout(io.StringIO()):
-        return cluster.unfinished(epath.Path(path.parent), MADE_FROM, shape=(3, 4))
+    """Where a k-means fit stands; what it cannot go on with it names, and begins anew."""
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        state = cluster.unfinished(epath.Path(path.parent), MADE_FROM, shape=(3, 4))
+    if state is None:
+        raise ValueError(said.getvalue())
+    return state.arrays()
 
 
 def read_metrics(path: pathlib.Path) -> object:
