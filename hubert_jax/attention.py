@@ -69,19 +69,16 @@ class Attention(nnx.Module):
         how = implementation(x_BTD.dtype, qkv_BTCHK.shape[-1], has_dropout=has_dropout)
         if how == "kernels":
             qkv_BTCHK = constrain(qkv_BTCHK, *QKV_AXES)
-            mixed_BTHK = by_kernels(qkv_BTCHK, valid_BT, rate=self.dropout, key=key)
-            out_BTD = jnp.einsum(
-                "bthk,hkd->btd", mixed_BTHK, self.out.kernel[...].astype(x_BTD.dtype)
-            )
-            return out_BTD + self.out.bias[...].astype(x_BTD.dtype)
-        qkv = qkv_BTCHK.transpose(2, 0, 3, 1, 4)
-        query_BHTK, key_BHTK, value_BHTK = constrain(qkv, *(QKV_AXES[i] for i in (2, 0, 3, 1, 4)))
-        if how == "cudnn":
-            mixed_BHTK = by_cudnn(query_BHTK, key_BHTK, value_BHTK, valid_BT)
+            mixed, axes = by_kernels(qkv_BTCHK, valid_BT, rate=self.dropout, key=key), "bthk"
         else:
+            heads_first = (2, 0, 3, 1, 4)
+            qkv_CBHTK = qkv_BTCHK.transpose(heads_first)
+            qkv_CBHTK = constrain(qkv_CBHTK, *(QKV_AXES[axis] for axis in heads_first))
+            query_BHTK, key_BHTK, value_BHTK = qkv_CBHTK
             drop = functools.partial(dropout, rate=self.dropout, key=key)
-            mixed_BHTK = plain(query_BHTK, key_BHTK, value_BHTK, valid_BT, drop=drop)
-        out_BTD = jnp.einsum("bhtk,hkd->btd", mixed_BHTK, self.out.kernel[...].astype(x_BTD.dtype))
+            attend = by_cudnn if how == "cudnn" else functools.partial(plain, drop=drop)
+            mixed, axes = attend(query_BHTK, key_BHTK, value_BHTK, valid_BT), "bhtk"
+        out_BTD = jnp.einsum(f"{axes},hkd->btd", mixed, self.out.kernel[...].astype(x_BTD.dtype))
         return out_BTD + self.out.bias[...].astype(x_BTD.dtype)
 
 
