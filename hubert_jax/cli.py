@@ -65,9 +65,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         else:
             importlib.import_module(module_name(stage)).main(rest)
     except KeyboardInterrupt as error:
+        from hubert_jax import stopping
+
         reason = str(error) or "interrupted"
         print(f"\nhubert {stage}: {reason}. To go on:\n  {go_on}", file=sys.stderr)
-        sys.exit(130)
+        stopping.leave(130)
     except (ValueError, OSError, ImportError) as error:  # for people to mend, the rest is ours
         from hubert_jax import processes
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One run on several processes: how they find each other, wait, stop together and end together.
+"""One run on several processes: how they find each other, wait, agree and end together.
 
 Every process runs the same command on the same work directory, which all of them reach. They are
 told of each other, in this order, by
@@ -13,11 +13,9 @@ and a run that is told nothing is one process. A process that dies without a wor
 `heartbeat_timeout` seconds; the others are then ended by jax, which names it.
 """
 
-import contextlib
 import os
-import signal
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import jax
@@ -151,37 +149,3 @@ def leave(code: int) -> None:
         sys.stderr.flush()
         os._exit(code)
     sys.exit(code)
-
-
-@contextlib.contextmanager
-def stop_signals() -> Iterator[Callable[[int], str | None]]:
-    """`asked(step)`, to be called once after each step: the signal to stop at, or None.
-
-    SIGINT and SIGTERM are meant; the second one acts at once. Several processes stop after the same
-    step, whichever was signalled: jax's own handler of SIGTERM, there since `join`, sees to it.
-    """
-    several = this()[1] > 1
-    received: list[str] = []
-    numbers = [signal.SIGINT] if several else [signal.SIGINT, signal.SIGTERM]
-    previous = {number: signal.getsignal(number) for number in numbers}
-
-    def receive(number, _frame):
-        received.append(signal.Signals(number).name)
-        for number, handler in previous.items():
-            signal.signal(number, handler)
-        if several:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    def asked(step: int) -> str | None:
-        if several:
-            stop = multihost_utils.reached_preemption_sync_point(step)
-            return "SIGTERM" if stop else None
-        return received[0] if received else None
-
-    for number in previous:
-        signal.signal(number, receive)
-    try:
-        yield asked
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)

@@ -6,7 +6,6 @@ that is indexed by the step, randomness from fold_in(key, step), so a run that s
 again is the same run.
 """
 
-import contextlib
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -16,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from hubert_jax import processes
+from hubert_jax import stopping
 
 
 class State(NamedTuple):
@@ -126,16 +125,17 @@ def fit(
     save: Callable[[State], None],
     save_every: int,
     watch: Callable[[int, Sums], None] = lambda step, sums: None,
+    validate_first: bool = False,
 ) -> State:
     """Updates until `num_steps`, from batches that start at the state's own step.
 
     `report(step, metrics, seconds, waited)` gets the sums since the last report, read one step
     late so that the device never waits for the host, with the wall time and the seconds spent
     waiting for batches. Before that, `watch(step, metrics)` sees each of these steps alone; what it
-    raises ends training. Raises Interrupted after a signal, once the state is saved; until the
-    first step is compiled, when there is nothing to save, a signal ends the process at once.
+    raises ends training. What is saved is saved before it is validated; `validate_first` makes up
+    for a validation that was stopped. Raises Interrupted after a signal, once the state is saved.
     """
-    done = int(state.step)
+    first = done = int(state.step)
     pending: list = []
     waited, since = 0.0, time.perf_counter()
 
@@ -151,29 +151,37 @@ def fit(
         report(done - len(pending) + count, sum_metrics(ready), now - since, waited)
         pending, waited, since = pending[count:], 0.0, now
 
-    with contextlib.ExitStack() as stack:
-        stop_asked = None
-        while done < num_steps:
-            asked = time.perf_counter()
-            _, batch = next(batches)
-            waited += time.perf_counter() - asked
-            state, metrics = step(state, batch, key)
-            done += 1
-            stop_asked = stop_asked or stack.enter_context(processes.stop_signals())
-            stopped = stop_asked(done)
-            pending.append(metrics)
-            if done % report_every == 0 or done == num_steps:
-                report_first(len(pending) - (done < num_steps))
-            if done % validate_every == 0 or done == num_steps:
-                start = time.perf_counter()
+    with stopping.listening():
+        try:
+            if validate_first:
                 validate(state)
-                since += time.perf_counter() - start
-            if done % save_every == 0 or done == num_steps or stopped:
+            while done < num_steps:
+                stopping.heed()
+                asked = time.perf_counter()
+                _, batch = next(batches)
+                waited += time.perf_counter() - asked
+                state, metrics = step(state, batch, key)
+                done += 1
+                pending.append(metrics)
+                if done % report_every == 0 or done == num_steps:
+                    report_first(len(pending) - (done < num_steps))
+                if done % save_every == 0 or done == num_steps:
+                    save(state)
+                if is_validated_after(done, every=validate_every, num_steps=num_steps):
+                    start = time.perf_counter()
+                    validate(state)
+                    since += time.perf_counter() - start
+        except stopping.Stop as signal:
+            if done > first:
                 save(state)
-            if stopped and done < num_steps:
-                report_first(len(pending))
-                raise Interrupted(f"stopped by {stopped} after step {done}; it is saved")
+            report_first(len(pending))
+            when = f"after step {done}; it is saved" if done else "before its first step"
+            raise Interrupted(f"stopped by {signal} {when}") from None
     return state
+
+
+def is_validated_after(step: int, *, every: int, num_steps: int) -> bool:
+    return step % every == 0 or step == num_steps
 
 
 def sum_metrics(metrics: list[dict]) -> Sums:

@@ -4,10 +4,8 @@
 The tones are eight "phones" in known order, written down in .phn files, so the labels have scores.
 """
 
-import os
 import pathlib
 import shutil
-import signal
 
 import numpy as np
 import pytest
@@ -18,6 +16,7 @@ import hubert_jax
 from hubert_jax import checkpoints, config_files, logs, train, weights
 from hubert_jax.data import arrays, cards
 from hubert_jax.stages import export, features, prepare, pretrain, run
+from tests import signals
 
 DEMO = pathlib.Path(__file__).parents[1] / "configs" / "demo.py"
 SAMPLE_RATE = 16_000
@@ -143,30 +142,29 @@ def test_another_config_in_the_same_place_is_refused(finished, changes, message)
     assert digests(workdir) == before
 
 
-def test_pretraining_that_was_stopped_ends_with_the_same_weights(finished, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("moment", "message", "validate_every"),
+    [
+        ({"call": 3}, "after step 3; it is saved", 100),
+        ({"compilation": 1}, "before its first step", 3),
+        ({"compilation": 2}, "after step 3; it is saved", 3),  # in its validation
+        ({"compilation": 2}, "after step 6; it is saved", 100),  # in that of the last step
+    ],
+)
+def test_pretraining_that_was_stopped_ends_with_the_same_weights(
+    finished, tmp_path, monkeypatch, moment, message, validate_every
+):
     tones, workdir = finished
     again = epath.Path(tmp_path / "work")
     shutil.copytree(workdir, again, ignore=shutil.ignore_patterns("checkpoints", "logs"))
-    make_step, calls = train.make_step, []
-
-    def stopping(*args, **options):
-        step = make_step(*args, **options)
-
-        def stop_at_the_third(*args):
-            calls.append(1)
-            if len(calls) == 3:
-                os.kill(os.getpid(), signal.SIGTERM)
-            return step(*args)
-
-        return stop_at_the_third
-
     config = get_config(tones)("it1")
-    config.checkpoints.every = 100
-    with monkeypatch.context() as patched, pytest.raises(train.Interrupted, match="after step 3"):
-        patched.setattr(train, "make_step", stopping)
+    config.checkpoints.every, config.train.validate_every = 100, validate_every
+    with monkeypatch.context() as patched, pytest.raises(train.Interrupted, match=message):
+        signals.come(patched, **moment)
         pretrain.run(config, again)
-    with pytest.raises(ValueError, match="trained for 3 of 6 steps"):
-        features.run(get_config(tones)("it2"), again)
+    if "after step 3" in message:
+        with pytest.raises(ValueError, match="trained for 3 of 6 steps"):
+            features.run(get_config(tones)("it2"), again)
     pretrain.run(config, again)
     ended, straight = (
         weights.to_named(checkpoints.load_model(folder / "it1" / "checkpoints")[0])
@@ -174,6 +172,18 @@ def test_pretraining_that_was_stopped_ends_with_the_same_weights(finished, tmp_p
     )
     for name, array in straight.items():
         np.testing.assert_array_equal(ended[name], array, err_msg=name)
+    # No validation is left out, none is repeated.
+    steps = [3, 6] if validate_every == 3 else [6]
+    assert validations(again) == [x for x in validations(workdir) if x["step"] in steps]
+    before = validations(again)
+    pretrain.run(config, again)
+    assert validations(again) == before
+
+
+def validations(workdir: epath.Path) -> list[dict[str, float]]:
+    """Of it1, as they were logged."""
+    lines = logs.read_metrics(workdir / "it1" / "logs" / "metrics.jsonl")
+    return [line for line in lines if "validation/masked_loss" in line]
 
 
 def test_labels_of_a_codebook_that_is_gone_are_refused(finished, tmp_path):

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import pytest
 
-from hubert_jax import checkpoints, optim, pretraining, sharding, train
+from hubert_jax import checkpoints, optim, pretraining, sharding, stopping, train
 from tests import tiny
 from tests.test_sharding import OPTIM, batch
 
@@ -191,6 +191,29 @@ def test_a_signal_saves_and_stops(trained):
     assert saved == [3]
     assert seen == [(1, 1), (3, 2)]  # no step's metrics are lost
     assert signal.getsignal(signal.SIGTERM) == handler
+
+
+def test_a_signal_in_a_validation_finds_the_step_saved_and_it_is_validated_first(trained):
+    make, step = trained
+    events: list[tuple[str, int]] = []
+
+    def validate(state):
+        events.append(("validated", int(state.step)))
+        if len(events) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        stopping.heed()
+
+    def save(state):
+        events.append(("saved", int(state.step)))
+
+    options = dict(validate=validate, validate_every=2, save=save, save_every=2)
+    with pytest.raises(train.Interrupted, match="after step 2; it is saved"):
+        fit(make(), step, 0, 4, **options)
+    assert events == [("saved", 2), ("validated", 2), ("saved", 2)]
+    events.clear()
+    state = fit(make(), step, 0, 2)
+    fit(state, step, 2, 4, **options, validate_first=True)
+    assert events == [("validated", 2), ("saved", 4), ("validated", 4)]
 
 
 def test_the_unmasked_weight_moves_linearly_and_counts_frames_only_while_it_is_above_zero():

@@ -24,6 +24,7 @@ from hubert_jax import (
     pretraining,
     processes,
     sharding,
+    stopping,
     train,
     watch,
 )
@@ -76,13 +77,17 @@ def run(config: ConfigDict, workdir: epath.Path) -> None:
 
     saved = checkpoints.Checkpoints(folder, checkpoints.CheckpointConfig(**config.checkpoints))
     try:
+        validate_first = _lacks_validation(
+            settings, saved.latest_step or 0, workdir / config.iteration
+        )
         if saved.latest_step == settings.num_steps:
             saved.finish()
-            logs.info(f"{folder}: done before, {settings.num_steps} steps")
-            return
+            if not validate_first:
+                logs.info(f"{folder}: done before, {settings.num_steps} steps")
+                return
         mesh = sharding.make_mesh(**config.mesh)
         with jax.set_mesh(mesh):
-            _pretrain(config, mesh, corpus, labels, num_codes, saved, card, workdir)
+            _pretrain(config, mesh, corpus, labels, num_codes, saved, card, workdir, validate_first)
     finally:
         saved.close()
 
@@ -96,6 +101,7 @@ def _pretrain(
     saved: checkpoints.Checkpoints,
     card: cards.Card,
     workdir: epath.Path,
+    validate_first: bool,
 ) -> None:
     settings, model_config = TrainConfig(**config.train), HubertConfig(**config.model)
     optim_config, batch_config = (
@@ -191,7 +197,9 @@ def _pretrain(
 
         train.fit(
             state,
-            train.make_step(loss, optimizer, accumulate=settings.accumulate),
+            stopping.interruptible(
+                train.make_step(loss, optimizer, accumulate=settings.accumulate)
+            ),
             stream("train", first_step, settings.num_steps),
             key=jax.random.fold_in(key, FOR_TRAINING),
             num_steps=settings.num_steps,
@@ -202,7 +210,21 @@ def _pretrain(
             save=lambda state: saved.save(state, card),
             save_every=saved.config.every,
             watch=watching.step,
+            validate_first=validate_first,
         )
+
+
+def _lacks_validation(settings: TrainConfig, step: int, folder: epath.Path) -> bool:
+    """Whether the validation after `step` was stopped; where no metrics are kept, none was."""
+    is_due = train.is_validated_after(
+        step, every=settings.validate_every, num_steps=settings.num_steps
+    )
+    path = folder / "logs" / "metrics.jsonl"
+    lines = logs.read_metrics(path) if step and is_due and path.exists() else None
+    lacks = lines is not None and not any(
+        line["step"] == step and "validation/masked_loss" in line for line in lines
+    )
+    return not processes.agree([lacks]) or lacks
 
 
 def utterances(split: Split, plan: batches.Plan, step: int) -> list[str]:
@@ -217,12 +239,19 @@ def newest(saved: checkpoints.Checkpoints) -> str:
 
 
 def validation(stream: Callable[[], Iterator[tuple[int, Any]]], *, key):
-    """A function from a model to its means on `stream()`: the same crops and masks every time."""
+    """A function from a model to its means on `stream()`: the same crops and masks every time.
 
-    evaluate = jax.jit(pretraining.evaluate)
+    It heeds signals between batches (raises stopping.Stop).
+    """
+
+    evaluate = stopping.interruptible(jax.jit(pretraining.evaluate))
 
     def validate(model: Hubert) -> dict[str, float]:
-        found = [evaluate(model, batch, jax.random.fold_in(key, n)) for n, batch in stream()]
+        found: list[Any] = []
+        for n, batch in stream():
+            jax.block_until_ready(found[-2:-1])  # two at a time, not all that is left
+            stopping.heed()
+            found.append(evaluate(model, batch, jax.random.fold_in(key, n)))
         sums, usages = zip(*jax.device_get(found), strict=True)
         return train.means(train.sum_metrics(list(sums))) | watch.usage(list(usages))
 

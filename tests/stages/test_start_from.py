@@ -2,10 +2,8 @@
 """Pretraining that goes on from imported weights, with their head or a new one."""
 
 import dataclasses
-import os
 import pathlib
 import shutil
-import signal
 
 import jax
 import numpy as np
@@ -19,7 +17,7 @@ from hubert_jax.heads import HeadConfig, Hubert, Weights
 from hubert_jax.interchange import formats
 from hubert_jax.model import HubertConfig
 from hubert_jax.stages import import_, pretrain
-from tests import tones
+from tests import signals, tones
 from tests.tones import NUM_CODES
 
 TRAINING = ("batch.seconds=8.0", "train.num_steps=3", "train.report_every=1")
@@ -93,21 +91,8 @@ def test_pretraining_goes_on_with_an_imported_head(project, workdir, tmp_path, m
     start_from = imported(of_config(config), tmp_path)
     config.train.start_from, config.train.start_head = str(start_from), "kept"
     config.checkpoints.every = 100
-    make_step, calls = train.make_step, []
-
-    def stopping(*args, **options):
-        step = make_step(*args, **options)
-
-        def stop_at_the_second(*args):
-            calls.append(1)
-            if len(calls) == 2:
-                os.kill(os.getpid(), signal.SIGTERM)
-            return step(*args)
-
-        return stop_at_the_second
-
     with monkeypatch.context() as patched, pytest.raises(train.Interrupted, match="after step 2"):
-        patched.setattr(train, "make_step", stopping)
+        signals.come(patched, call=2)
         pretrain.run(config, workdir)
     model, _ = checkpoints.load_model(start_from)
     wanted = first_loss(model, config, workdir)

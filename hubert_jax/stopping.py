@@ -1,0 +1,116 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Stopping at SIGINT or SIGTERM within seconds, wherever training is, and without losing a step.
+
+While somebody is `listening`, a signal ends nothing: it is noted, and the next `heed` raises Stop.
+Training heeds after each step, between the batches of a validation and, by `interruptible`, while
+XLA compiles, which Python's signals cannot interrupt. The second signal acts at once.
+
+Several processes stop at the same call of `heed`, whichever was signalled: all make the same calls
+in the same order, and jax's own handler of SIGTERM, there since `processes.join`, sees to the rest.
+"""
+
+import concurrent.futures
+import contextlib
+import itertools
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any, NoReturn
+
+import jax
+from jax.experimental import multihost_utils
+
+from hubert_jax import processes
+
+SECONDS_BETWEEN_CALLS = 0.5  # of heed, while something is compiled
+
+
+class Stop(Exception):
+    """A signal, by its name, has asked this run to stop."""
+
+
+_received: list[str] | None = None  # while somebody is listening
+_calls = itertools.count(1)  # of heed, the same in all processes
+_works: list[concurrent.futures.Future] = []  # that somebody waits for, or waited
+
+
+@contextlib.contextmanager
+def listening() -> Iterator[None]:
+    """Within, signals are noted, for `heed`."""
+    global _received
+    several = processes.this()[1] > 1
+    numbers = [signal.SIGINT] if several else [signal.SIGINT, signal.SIGTERM]
+    previous = {number: signal.getsignal(number) for number in numbers}
+    received = _received = []
+
+    def receive(number, _frame):
+        received.append(signal.Signals(number).name)
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+        if several:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    for number in previous:
+        signal.signal(number, receive)
+    try:
+        yield
+    finally:
+        _received = None
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def heed() -> None:
+    """Raises Stop once a signal has come; nothing where nobody is listening."""
+    if _received is None:
+        return
+    if processes.this()[1] == 1:
+        if _received:
+            raise Stop(_received[0])
+    elif multihost_utils.reached_preemption_sync_point(next(_calls)):
+        raise Stop("SIGTERM")  # whatever it was that one of them received
+
+
+def interruptible(function) -> Callable[[Any, Any, Any], Any]:
+    """`function`, jitted, of (state, batch, key), compiled for a batch of another shape heedingly.
+
+    State, if donated, is whole when Stop is raised: nothing has begun to run.
+    """
+    seen = set()
+
+    def call(state, batch, key):
+        shapes = tuple((x.shape, x.dtype) for x in jax.tree.leaves(batch))
+        if shapes not in seen and _received is not None:
+            _heeding(function.lower(state, batch, key).compile)
+            seen.add(shapes)
+        return function(state, batch, key)  # jax has the program now
+
+    return call
+
+
+def _heeding(work: Callable[[], Any]) -> None:
+    """Returns once every process has done its work; what it raises is raised here."""
+    pool = concurrent.futures.ThreadPoolExecutor(1)
+    done = pool.submit(work)
+    pool.shutdown(wait=False)
+    _works.append(done)
+    while True:
+        concurrent.futures.wait([done], timeout=SECONDS_BETWEEN_CALLS)
+        is_done = done.done()
+        heed()
+        if processes.agree([is_done]) and is_done:
+            _works.remove(done)
+            done.result()
+            return
+
+
+def leave(code: int) -> NoReturn:
+    """Ends the process. In order, unless XLA still compiles what nobody waits for any longer."""
+    if not all(work.done() for work in _works):
+        if jax.distributed.is_initialized():
+            jax.distributed.shutdown()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)

@@ -1,0 +1,195 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Signals are heeded where training waits long: while XLA compiles, and in several processes."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from hubert_jax import stopping
+from tests.test_padding import compilations
+
+GRACE_SECONDS = 5.0  # a compilation that is waited for takes a minute here
+
+
+def signal_after(seconds: float, number: int = signal.SIGTERM) -> None:
+    threading.Timer(seconds, os.kill, [os.getpid(), number]).start()
+
+
+class Slow:
+    """A jitted function that is compiled for a minute, and counts how often it was."""
+
+    def __init__(self, seconds: float = 60.0, error: Exception | None = None):
+        self.seconds, self.error, self.compilations, self.end = seconds, error, 0, threading.Event()
+
+    def lower(self, *_):
+        return self
+
+    def compile(self):
+        self.compilations += 1
+        self.end.wait(self.seconds)
+        if self.error:
+            raise self.error
+
+    def __call__(self, state, batch, key):
+        return state + 1, batch
+
+
+def test_a_signal_is_noted_and_heeded():
+    stopping.heed()
+    handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    with stopping.listening():
+        stopping.heed()
+        os.kill(os.getpid(), signal.SIGTERM)
+        for _ in range(2):
+            with pytest.raises(stopping.Stop, match="SIGTERM"):
+                stopping.heed()
+    stopping.heed()
+    assert handlers == [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+
+
+def test_the_second_signal_acts_at_once():
+    with pytest.raises(KeyboardInterrupt), stopping.listening():
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_a_compilation_is_not_waited_for():
+    slow = Slow()
+    step = stopping.interruptible(slow)
+    began = time.monotonic()
+    with stopping.listening(), pytest.raises(stopping.Stop, match="SIGTERM"):
+        signal_after(0.3)
+        step(0, jnp.ones(3), None)
+    assert slow.compilations == 1 and time.monotonic() - began < GRACE_SECONDS
+    slow.end.set()
+
+
+def test_every_shape_is_compiled_once_and_what_that_raises_is_raised():
+    quick = Slow(seconds=0.0)
+    step = stopping.interruptible(quick)
+    with stopping.listening():
+        for length in (3, 4, 3, 4):
+            assert step(1, jnp.ones(length), None)[0] == 2
+        assert quick.compilations == 2
+        with pytest.raises(MemoryError):
+            stopping.interruptible(Slow(0.0, MemoryError()))(0, jnp.ones(3), None)
+
+
+def test_what_is_compiled_heedingly_is_what_jax_then_runs():
+    """Else every program would be compiled twice, and the second time without heeding."""
+    jitted = jax.jit(lambda state, batch, key: (state + batch.sum(), key), donate_argnums=0)
+    batches = [jnp.ones(length) for length in (3, 3, 4)]
+    state, key = jnp.zeros([]), jax.random.key(0)
+    with compilations() as compiled, stopping.listening():
+        step = stopping.interruptible(jitted)
+        for batch in batches:
+            state, _ = step(state, batch, key)
+    assert float(state) == 10.0 and len(compiled) == 2
+
+
+LEAVING = """
+import os, signal, threading, time
+from hubert_jax import stopping
+
+class Slow:
+    lower = lambda self, *_: self
+    compile = lambda self: time.sleep(60)
+
+try:
+    with stopping.listening():
+        threading.Timer(0.3, os.kill, [os.getpid(), signal.SIGTERM]).start()
+        stopping.interruptible(Slow())(0, (), None)
+except stopping.Stop:
+    print("stopped")
+    stopping.leave(130)
+"""
+
+
+def test_a_process_that_ends_does_not_wait_for_it_either():
+    began = time.monotonic()
+    ended = subprocess.run([sys.executable, "-c", LEAVING], capture_output=True, text=True)
+    assert (ended.returncode, ended.stdout) == (130, "stopped\n"), ended.stderr
+    assert time.monotonic() - began < 6 * GRACE_SECONDS
+
+
+# Both train on one batch of two rows; a signal to one of them stops both after the same step.
+TOGETHER = """
+import sys, time
+import jax, jax.numpy as jnp, numpy as np
+from hubert_jax import processes, sharding, stopping
+processes.join(processes.Told(sys.argv[1], 2, int(sys.argv[2])), heartbeat_timeout=20)
+mesh = sharding.make_mesh(data=2, fsdp=1, tensor=1)
+
+class Slow:
+    def __init__(self, function):
+        self.function = function
+    def lower(self, *_):
+        return self
+    def compile(self):
+        print("compiles", flush=True)
+        time.sleep(SECONDS)
+    def __call__(self, *args):
+        return self.function(*args)
+
+def step(state, batch, key):
+    return state + batch.sum(), key
+
+with jax.set_mesh(mesh), stopping.listening():
+    step = stopping.interruptible(Slow(jax.jit(step)))
+    batch = sharding.put_batch(mesh, {"rows": np.ones((1, 3), np.float32)})["rows"]
+    state, done = jnp.zeros([]), 0
+    try:
+        while True:
+            stopping.heed()
+            state, _ = step(state, batch, jnp.zeros([]))
+            done += 1
+            time.sleep(0.01)
+            print("steps", flush=True)
+    except stopping.Stop as stop:
+        print(f"stopped by {stop} after {done}, state {float(state)}", flush=True)
+        stopping.leave(130)
+"""
+
+
+@pytest.mark.parametrize("where", ["compiles", "steps"])
+def test_several_processes_stop_together(where):
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = f"localhost:{free.getsockname()[1]}"
+    seconds = "60" if where == "compiles" else "0.1 + int(sys.argv[2])"  # one has it sooner
+    script = TOGETHER.replace("SECONDS", seconds)
+    runs = [
+        subprocess.Popen(
+            [sys.executable, "-c", script, address, str(index)],
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            env=os.environ | {"XLA_FLAGS": ""},
+        )
+        for index in range(2)
+    ]  # fmt: skip
+    try:
+        for run in runs:
+            assert run.stdout is not None
+            while run.stdout.readline() != f"{where}\n":  # gloo talks too
+                assert run.poll() is None, run.communicate()
+        began = time.monotonic()
+        runs[1].send_signal(signal.SIGTERM)
+        said = [run.communicate(timeout=60) for run in runs]
+        seconds_taken = time.monotonic() - began
+        print(f"{where}: both ended after {seconds_taken:.1f} s")
+        lines = {out.splitlines()[-1] for out, _ in said}
+        assert len(lines) == 1 and [run.returncode for run in runs] == [130, 130], said
+        done = 0 if where == "compiles" else int(lines.pop().split()[4].rstrip(","))
+        assert lines <= {f"stopped by SIGTERM after {done}, state {6.0 * done}"}
+        assert seconds_taken < 30 and bool(done) == (where == "steps")
+    finally:
+        for run in runs:
+            run.kill()
+            run.communicate()
