@@ -16,7 +16,7 @@ FLOORS = (
     ("data",),
     (
         *("processes", "sharding", "weights", "optim", "logs", "train", "config_files"),
-        *("watch", "locks"),
+        *("watch", "stopping", "owners", "locks", "bucket_locks"),
     ),
     (
         "layers",
@@ -40,6 +40,7 @@ DATA, STAGES = 1, 6
 BENCH = "hubert_jax/bench/peers.py"
 MINIMAL = "hubert_jax/bench/minimal.py"
 ONLY_IN: dict[str, tuple[str, ...]] = {
+    "tensorstore": ("hubert_jax/bucket_locks.py",),
     "orbax": ("hubert_jax/checkpoints.py",),
     "tensorflow_datasets": ("hubert_jax/data/assembly.py", "hubert_jax/data/corpus.py"),
     "espeakng_loader": ("hubert_jax/data/synth.py",),

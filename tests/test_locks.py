@@ -12,7 +12,7 @@ import time
 
 import pytest
 
-from hubert_jax import cli, locks
+from hubert_jax import cli, locks, owners
 from tests.tones import DEMO
 
 HOLD = """
@@ -39,7 +39,7 @@ def test_a_second_run_is_refused_with_the_first_ones_name_and_a_killed_one_is_ta
 ):
     first = hold(tmp_path)
     try:
-        with pytest.raises(locks.Held) as refused, locks.held(tmp_path, "second"):
+        with pytest.raises(owners.Held) as refused, locks.held(tmp_path, "second"):
             pass
         for part in (f"process {first.pid}", socket.gethostname(), time.strftime("%Y-%m-%d")):
             assert part in str(refused.value)
@@ -47,7 +47,7 @@ def test_a_second_run_is_refused_with_the_first_ones_name_and_a_killed_one_is_ta
         assert owner is not None and owner["process"] == first.pid
     finally:
         first.kill()
-        first.wait()
+        first.communicate()
     assert (tmp_path / locks.NAME).exists() and locks.owner_of(tmp_path) is None
     with locks.held(tmp_path, "second"):
         assert json.loads((tmp_path / locks.NAME).read_text())["process"] == os.getpid()
@@ -76,13 +76,13 @@ def other_host(folder, age):
 
 
 def test_a_run_on_another_host_is_refused_once_it_is_heard(tmp_path, monkeypatch):
-    monkeypatch.setattr(locks, "HEARTBEAT", 0.01)
-    other_host(tmp_path, locks.STALE - 60)
+    monkeypatch.setattr(owners, "HEARTBEAT", 0.01)
+    other_host(tmp_path, owners.STALE - 60)
     beat = threading.Timer(0.3, os.utime, [tmp_path / locks.NAME])
     beat.start()
     started = time.monotonic()
     with (
-        pytest.raises(locks.Held, match="process 1 on elsewhere since then"),
+        pytest.raises(owners.Held, match="process 1 on elsewhere since then"),
         locks.held(tmp_path, "second"),
     ):
         pass
@@ -91,7 +91,7 @@ def test_a_run_on_another_host_is_refused_once_it_is_heard(tmp_path, monkeypatch
 
 
 def test_a_run_on_another_host_counts_as_gone_once_its_heartbeat_stopped(tmp_path, capsys):
-    other_host(tmp_path, locks.STALE + 60)
+    other_host(tmp_path, owners.STALE + 60)
     with locks.held(tmp_path, "second"):
         pass
     assert "waiting" not in capsys.readouterr().out
@@ -100,8 +100,8 @@ def test_a_run_on_another_host_counts_as_gone_once_its_heartbeat_stopped(tmp_pat
 def test_a_job_that_goes_on_on_another_node_waits_for_its_former_self(
     tmp_path, monkeypatch, capsys
 ):
-    monkeypatch.setattr(locks, "HEARTBEAT", 0.01)
-    other_host(tmp_path, locks.STALE - 1)
+    monkeypatch.setattr(owners, "HEARTBEAT", 0.01)
+    other_host(tmp_path, owners.STALE - 1)
     with locks.held(tmp_path, "second"):
         assert json.loads((tmp_path / locks.NAME).read_text())["process"] == os.getpid()
     assert "waiting for its heartbeat" in capsys.readouterr().out
@@ -115,7 +115,7 @@ def test_a_disk_without_links_has_locks_too(tmp_path, monkeypatch, code):
     monkeypatch.setattr(os, "link", link)
     with locks.held(tmp_path, "first"):
         assert json.loads((tmp_path / locks.NAME).read_text())["process"] == os.getpid()
-        with pytest.raises(locks.Held), locks.held(tmp_path, "second"):
+        with pytest.raises(owners.Held), locks.held(tmp_path, "second"):
             pass
     assert not any(tmp_path.iterdir())
 
@@ -131,13 +131,13 @@ def test_a_process_number_that_is_used_again_is_another_process(tmp_path):
 def test_a_lock_that_says_nothing_is_stale_at_the_latest_after_a_while(tmp_path, text):
     path = tmp_path / locks.NAME
     path.write_text(text)
-    os.utime(path, (time.time() - locks.STALE - 60,) * 2)
+    os.utime(path, (time.time() - owners.STALE - 60,) * 2)
     with locks.held(tmp_path, "second"):
         pass
 
 
 def test_the_heartbeat_goes_on_while_the_lock_is_held(tmp_path, monkeypatch):
-    monkeypatch.setattr(locks, "HEARTBEAT", 0.01)
+    monkeypatch.setattr(owners, "HEARTBEAT", 0.01)
     with locks.held(tmp_path, "run"):
         path = tmp_path / locks.NAME
         os.utime(path, (0, 0))

@@ -9,6 +9,7 @@ import pytest
 import soundfile
 from etils import epath
 
+from hubert_jax import bucket_locks
 from hubert_jax.doctor import data, disk
 from hubert_jax.stages import doctor
 from tests import test_bucket
@@ -104,6 +105,7 @@ def test_of_a_bucket_it_is_not_known_what_is_free(clean, monkeypatch):
     root, _ = clean
     bucket = test_bucket.Bucket(global_store=False)
     monkeypatch.setattr(epath.backend.fsspec_backend, "fs", lambda path: bucket)
+    monkeypatch.setattr(bucket_locks, "owner_of", lambda folder: None)
     found = by_what(get_config(root), epath.Path("gs://bucket/work"))["disk"]
     assert found.level == "ok" and found.reason.endswith("free in a bucket is not known")
     assert "corpus 1." in found.reason

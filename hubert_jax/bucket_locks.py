@@ -1,0 +1,128 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The lock of a work directory in a bucket: an object, written by tensorstore on a condition.
+
+    the owner, and "beat": when it was written last, in seconds since 1970, every HEARTBEAT seconds
+
+A write names the generation that it replaces (none, for a new lock), and the store refuses it where
+there is another by now: of two runs that start together one gets the lock. Clocks of two hosts may
+differ, so a lock counts as stale only after a look at it for two heartbeats at least.
+"""
+
+import contextlib
+import json
+import os
+import threading
+import time
+from collections.abc import Iterator
+
+from hubert_jax import logs, owners
+
+NAME = ".running"
+TIMEOUT = 60.0  # seconds, for one read or write
+
+
+class Bucket:
+    """The objects under a URL (gs://bucket/folder); errors of the store as OSError, in words."""
+
+    def __init__(self, url: str):
+        import tensorstore  # Orbax' own way to the bucket; not needed on a disk
+
+        self.url = url
+        with self._explained():
+            self._store = tensorstore.KvStore.open(url.rstrip("/") + "/").result(TIMEOUT)
+
+    def read(self) -> tuple[owners.Owner | None, bytes]:
+        """(the owner or None where there is no lock, the generation to replace)."""
+        with self._explained():
+            found = self._store.read(NAME).result(TIMEOUT)
+        is_there = found.state == "value"
+        return owners.parse(found.value) if is_there else None, found.stamp.generation
+
+    def write(self, owner: owners.Owner | None, *, replaces: bytes) -> bytes:
+        """The new generation; b"" where there was another than `replaces`. None: no lock."""
+        text = None if owner is None else json.dumps(owner | {"beat": time.time()})
+        with self._explained():
+            return self._store.write(NAME, text, if_equal=replaces).result(TIMEOUT).generation
+
+    @contextlib.contextmanager
+    def _explained(self) -> Iterator[None]:
+        try:
+            yield
+        except (ValueError, OSError) as error:
+            raise OSError(
+                f"{self.url}: the lock of the work directory can't be read or written"
+                f" ({' '.join(str(error).split())[:300]}); do bucket and credentials exist, and may"
+                " they write? Orbax needs the same for checkpoints"
+            ) from error
+
+
+@contextlib.contextmanager
+def held(folder: os.PathLike | str, command: str) -> Iterator[None]:
+    """As locks.held; also raises OSError where the bucket can't be reached or written."""
+    bucket, mine = Bucket(os.fspath(folder)), owners.this(command)
+    generation = _take(bucket, mine)
+    ended = threading.Event()
+
+    def beat() -> None:
+        nonlocal generation
+        while generation and not ended.wait(owners.HEARTBEAT):
+            with contextlib.suppress(OSError):  # a lost network ends the run elsewhere
+                generation = bucket.write(mine, replaces=generation)
+        if not generation:
+            logs.info(
+                f"{bucket.url}: the lock of this run is another's by now, because its heartbeat was"
+                " not seen for long, or somebody removed it. Two runs may be at work: end one"
+            )
+
+    beating = threading.Thread(target=beat, daemon=True)
+    beating.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        beating.join()
+        if generation:
+            with contextlib.suppress(OSError):  # it is stale soon
+                bucket.write(None, replaces=generation)
+
+
+def owner_of(folder: os.PathLike | str) -> owners.Owner | None:
+    """As locks.owner_of."""
+    owner, _ = Bucket(os.fspath(folder)).read()
+    return owner if owner and owners.is_alive(owner, age=_age(owner)) else None
+
+
+def _take(bucket: Bucket, mine: owners.Owner) -> bytes:
+    """The generation of the lock, once it is this run's. Raises owners.Held."""
+    while True:
+        owner, generation = bucket.read()
+        if owner is not None:
+            alive = owners.is_alive(owner, age=_age(owner))
+            if alive if owners.is_here(owner) else _is_heard(bucket, owner, generation):
+                lock = f"{bucket.url.rstrip('/')}/{NAME}"
+                raise owners.Held(bucket.url, owner, lock)
+            logs.info(f"{bucket.url}: its lock is of {owners.name(owner)}, which is gone")
+        taken = bucket.write(mine, replaces=generation)
+        if taken:
+            return taken
+
+
+def _is_heard(bucket: Bucket, owner: owners.Owner, generation: bytes) -> bool:
+    """Whether an owner on another host beats again before it counts as gone; waits for that."""
+    left = max(2 * owners.HEARTBEAT, owners.STALE - _age(owner))
+    logs.info(
+        f"{bucket.url}: its lock is of {owners.name(owner)}; waiting for its heartbeat, at most"
+        f" {left:.0f} s"
+    )
+    deadline = time.monotonic() + left
+    while time.monotonic() < deadline:
+        time.sleep(min(5.0, owners.HEARTBEAT))
+        found, newest = bucket.read()
+        if newest != generation:
+            return found is not None  # None: it has ended, and the lock with it
+    return False
+
+
+def _age(owner: owners.Owner) -> float:
+    beat = owner.get("beat")
+    return time.time() - beat if isinstance(beat, int | float) else owners.STALE
