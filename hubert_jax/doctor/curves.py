@@ -11,21 +11,41 @@ import itertools
 import json
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from hubert_jax import watch
-from hubert_jax.doctor.findings import Finding, graded, look, ok
+from hubert_jax.doctor.findings import Finding, graded, ok
 
 TOLERANCE = 0.1  # of ln K, by which a loss may differ from the curve of the same recipe
 RISE = 0.1  # of the lowest loss, by which a loss may have risen again
 MAX_START = 1.5  # times ln K; untrained logits are not yet small
 TOO_GOOD = 0.9  # masked accuracy that is no prediction but a leak
-# Masked accuracy that others report at the end, and of what; a run of other audio differs.
+MIN_OF_REPORTED = 0.5  # of the masked accuracy that others report, below which a run is looked at
+NEARLY = 0.9  # of the steps, after which a model should have learnt more than to copy
+
+
+class Reported(NamedTuple):
+    """A run of others, on the 960 hours of LibriSpeech; one of other audio differs."""
+
+    recipe: dict[str, Any]  # its fields, as `recipe` has them
+    points: tuple[tuple[int, float, float], ...]  # step, masked loss in nats, masked accuracy
+    source: str
+    others: str = ""  # what else is known
+
+
+# fairseq logs its loss in bits: times ln 2.
 REPORTED = (
-    (
+    Reported(
         {"kind": "mfcc", "width": 768, "num_layers": 12, "num_codes": 100},
-        0.46,
-        "ESPnet's base, 960 hours of LibriSpeech, 250 epochs: espnet/espnet, pull request 4747",
+        ((250_000, 2.307, 0.365), (400_000, 2.179, 0.390)),
+        "fairseq's base on 6 GPUs: facebookresearch/fairseq, issue 4907",
+        "; ESPnet's had 0.44 at step 150000 (espnet/espnet, issue 3814) and 0.46 after 250 epochs"
+        " (pull request 4747)",
+    ),
+    Reported(
+        {"kind": "layer", "width": 768, "num_layers": 12, "num_codes": 500},
+        ((250_000, 2.573, 0.383), (400_000, 2.372, 0.417)),
+        "fairseq's base on 8 GPUs: facebookresearch/fairseq, issue 4907",
     ),
 )
 SPREAD = "validation/feature_spread"
@@ -47,34 +67,43 @@ def recipe(config) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def expected(config) -> Finding:
-    """What the loss and the accuracy of a run to come should be."""
-    what = f"curve {config.iteration}: expected"
+def expected(config, copied: float | None) -> Finding:
+    """What the loss and the accuracy of a run to come should be.
+
+    `copied` is the accuracy of copying (labels.copying), None where there are no labels yet.
+    """
     start = math.log(config.kmeans.num_codes)
-    for curve in stored():
-        if curve["recipe"] == recipe(config):
-            step, loss, accuracy = curve["points"][-1]
-            return ok(
-                what,
-                f"masked loss from ln K = {start:.2f} down to {loss:.2f}, masked accuracy up to"
-                f" {accuracy:.2f} at step {step} (our run of this recipe, {curve['name']})",
-            )
-    for fields, accuracy, source in REPORTED:
-        if fields.items() <= recipe(config).items():
-            return ok(
-                what,
-                f"masked loss from ln K = {start:.2f} down; there is no run of ours of this recipe;"
-                f" masked accuracy up to {accuracy:.2f} is reported ({source})",
-            )
-    return ok(
-        what,
-        f"masked loss from ln K = {start:.2f} down; there is no run of ours of this recipe, so no"
-        " accuracy is known",
-    )
+    words = f"masked loss from ln K = {start:.2f} down"
+    ours, theirs = _ours(config), _theirs(config)
+    if ours is not None:
+        step, loss, accuracy = ours["points"][-1]
+        words += f" to {loss:.2f}, masked accuracy up to {accuracy:.2f} at step {step} (our run of"
+        words += f" this recipe, {ours['name']})"
+    elif theirs is not None:
+        points = [f"{loss:.2f} and {x:.2f} at step {step}" for step, loss, x in theirs.points]
+        words += "; there is no run of ours of this recipe; masked loss and accuracy of"
+        words += f" {', '.join(points)} are reported ({theirs.source}{theirs.others})"
+    else:
+        words += "; there is no run of this recipe, ours or reported"
+    if copied is not None:
+        words += f"; masked accuracy above {copied:.3f} by the end, which copying the nearest"
+        words += " visible code gives on these labels"
+    return ok(f"curve {config.iteration}: expected", words)
 
 
-def of_metrics(config, lines: Sequence[Mapping[str, float]], num_codes: int) -> list[Finding]:
-    """Findings of the metrics of one iteration's training, as far as it is."""
+def _ours(config) -> dict[str, Any] | None:
+    return next((curve for curve in stored() if curve["recipe"] == recipe(config)), None)
+
+
+def _theirs(config) -> Reported | None:
+    found = recipe(config).items()
+    return next((reported for reported in REPORTED if reported.recipe.items() <= found), None)
+
+
+def of_metrics(
+    config, lines: Sequence[Mapping[str, float]], num_codes: int, copied: float | None
+) -> list[Finding]:
+    """Findings of the metrics of one iteration's training, as far as it is; `copied` as above."""
     title = f"curve {config.iteration}"
     rows = [line for line in lines if "train/masked_loss" in line]
     if not rows:
@@ -109,6 +138,7 @@ def of_metrics(config, lines: Sequence[Mapping[str, float]], num_codes: int) -> 
             " tone? Listen to it, and look at the labels",
             is_look=accuracy > TOO_GOOD,
         ),
+        *_copying(config, step, accuracy, copied),
         graded(
             f"{title}: one code",
             f"perplexity of predictions {last['train/predicted_perplexity']:.1f}, of labels"
@@ -122,9 +152,24 @@ def of_metrics(config, lines: Sequence[Mapping[str, float]], num_codes: int) -> 
         ),
         *_features(title, lines, warm),
         _waiting(title, whole[1:] or whole, config.train.report_every),
-        _beside(title, config, step, loss, num_codes),
+        _beside(title, config, last, num_codes),
     ]
     return found
+
+
+def _copying(config, step: int, accuracy: float, copied: float | None) -> list[Finding]:
+    if copied is None:
+        return []
+    return [
+        graded(
+            f"curve {config.iteration}: copying",
+            f"{accuracy:.3f} of the masked frames at step {step}; copying the nearest visible code"
+            f" gives {copied:.3f}",
+            "nearly at its end it has learnt no more than that codes last a while: too few steps,"
+            " or optim.peak_lr too low or too high; do the labels belong to the audio?",
+            is_look=step >= NEARLY * config.train.num_steps and accuracy < copied,
+        )
+    ]
 
 
 def _skipped(title: str, rows: Sequence[Mapping[str, float]], every: int) -> Finding:
@@ -167,18 +212,27 @@ def _waiting(title: str, rows: Sequence[Mapping[str, float]], every: int) -> Fin
     )
 
 
-def _beside(title: str, config, step: int, loss: float, num_codes: int) -> Finding:
-    what = f"{title}: beside ours"
-    curve = next((c for c in stored() if c["recipe"] == recipe(config)), None)
-    if curve is None:
-        return ok(what, "no run of ours has this recipe")
-    want = at(curve["points"], step)
-    words = f"masked loss {loss:.2f} at step {step}, ours had {want:.2f} ({curve['name']})"
-    if loss - want > TOLERANCE * math.log(num_codes):
-        return look(
-            what, words, "is it other audio? Else see the findings above, on audio and labels"
-        )
-    return ok(what, words)
+def _beside(title: str, config, last: Mapping[str, float], num_codes: int) -> Finding:
+    what, remedy = f"{title}: beside others", "is it other audio? Else see the findings above"
+    step, loss = int(last["step"]), last["train/masked_loss"]
+    accuracy = last["train/masked_accuracy"]
+    ours, theirs = _ours(config), _theirs(config)
+    if ours is not None:
+        want = at(ours["points"], step)
+        words = f"masked loss {loss:.2f} at step {step}, ours had {want:.2f} ({ours['name']})"
+        is_look = loss - want > TOLERANCE * math.log(num_codes)
+        return graded(f"{title}: beside ours", words, remedy, is_look=is_look)
+    if theirs is None:
+        return ok(what, "there is no run of this recipe, ours or reported")
+    behind = [point for point in theirs.points if point[0] <= step]
+    at_step, wanted_loss, wanted = behind[-1] if behind else theirs.points[0]
+    return graded(
+        what,
+        f"masked loss {loss:.2f} and accuracy {accuracy:.3f} at step {step}; reported at step"
+        f" {at_step} are {wanted_loss:.2f} and {wanted:.3f} ({theirs.source})",
+        remedy,
+        is_look=bool(behind) and accuracy < MIN_OF_REPORTED * wanted,
+    )
 
 
 def at(points: Sequence[Sequence[float]], step: int) -> float:

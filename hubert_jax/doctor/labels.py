@@ -1,25 +1,27 @@
 # SPDX-License-Identifier: Apache-2.0
 """The labels of a split: whether they belong to the audio, and how their codes are used.
 
-T frames, C codes
+N windows, T frames, C codes
 """
 
 import math
 from typing import NamedTuple
 
+import jax
 import numpy as np
 from etils import epath
 
 from hubert_jax.data import arrays, batches, cards, codebooks, labels
 from hubert_jax.data.corpus import Corpus
 from hubert_jax.doctor.findings import Finding, graded, ok, stop
-from hubert_jax.ops import scores
+from hubert_jax.ops import frames, masking, scores
 
 MIN_USED = 0.9  # of the codes
 MIN_PERPLEXITY = 0.2  # of the number of codes
 MAX_CODE_SHARE = 0.25  # of the frames, in one code
 MIN_RUN = 1.25  # frames that a code lasts, in the mean; 1 is what noise has
 MAX_RUN = 0.5  # seconds; phones last about 0.08
+NUM_WINDOWS = 500  # that copying is tried on
 
 
 class LabelFacts(NamedTuple):
@@ -83,6 +85,42 @@ def gather(folder: epath.Path, corpus: Corpus, codebook: epath.Path) -> LabelFac
         counts_C += np.bincount(codes, minlength=num_codes)
         num_runs += int(np.count_nonzero(np.diff(codes))) + 1  # a run may cross utterances
     return LabelFacts(folder.name, int(store.card["rate"]), counts_C, num_runs)
+
+
+def copying(folder: epath.Path, config) -> float | None:
+    """The masked accuracy of copying the code of the nearest visible frame, on labels of training.
+
+    Of windows of batch.min_seconds, masked as training masks. Needs no model: one that has learnt
+    more than that codes last is above it. None without labels of whole windows.
+    """
+    try:
+        store = arrays.Store(folder / "labels" / "train")
+    except (ValueError, OSError):  # of_iteration says what is wrong with them
+        return None
+    length = round(config.batch.min_seconds * frames.FRAME_RATE)
+    places = frames.label_positions(length, first_frame=0, label_rate=int(store.card["rate"]))
+    every = max(1, len(store.ids) // NUM_WINDOWS)
+    codes = (store[id_] for id_ in store.ids[::every])
+    windows = [codes_T[places] for codes_T in codes if len(codes_T) > places[-1]]
+    if not windows:
+        return None
+    mask_NT = masking.span_mask(
+        jax.random.key(0), len(windows), length,
+        prob=config.model.mask_prob, length=config.model.mask_length,
+    )  # fmt: skip
+    return accuracy_of_copying(np.stack(windows), np.asarray(mask_NT))
+
+
+def accuracy_of_copying(codes_NT: np.ndarray, mask_NT: np.ndarray) -> float:
+    """How often a masked frame has the code of the nearest one that is not, the earlier of two."""
+    num_frames = codes_NT.shape[1]
+    place_T = np.arange(num_frames)
+    before_NT = np.maximum.accumulate(np.where(mask_NT, -num_frames, place_T), axis=1)
+    seen_NT = np.where(mask_NT, 2 * num_frames, place_T)
+    after_NT = np.minimum.accumulate(seen_NT[:, ::-1], axis=1)[:, ::-1]
+    nearest_NT = np.where(place_T - before_NT <= after_NT - place_T, before_NT, after_NT)
+    copied_NT = np.take_along_axis(codes_NT, nearest_NT, axis=1)
+    return float((copied_NT == codes_NT)[mask_NT].mean())
 
 
 def of_labels(what: str, facts: LabelFacts) -> list[Finding]:

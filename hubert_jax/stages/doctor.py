@@ -80,10 +80,11 @@ def examine(configs: Sequence, workdir: epath.Path) -> list[Finding]:
         elif config.train.num_steps:
             found += plan.of_optimiser(config)
         if config.train.num_steps:
+            copied = labels.copying(folder, config)
             found += [
                 plan.of_memory(config, plan.size_of(config, parameters), machine),
-                curves.expected(config),
-                *of_training(config, folder),
+                curves.expected(config, copied),
+                *of_training(config, folder, copied),
             ]
     is_whole = num_samples is not None
     return found + disk.of_disk(needed, free_bytes(workdir), is_whole=is_whole)
@@ -170,8 +171,11 @@ def free_bytes(workdir: epath.Path) -> int | None:
     return shutil.disk_usage(folder).free
 
 
-def of_training(config, folder: epath.Path) -> list[Finding]:
-    """Of the loss so far, and of versions that have changed since training began."""
+def of_training(config, folder: epath.Path, copied: float | None) -> list[Finding]:
+    """Of the loss so far, and of versions that have changed since training began.
+
+    `copied` is the accuracy of copying, for curves.of_metrics.
+    """
     path, card = folder / "logs" / "metrics.jsonl", folder / "checkpoints" / "card.json"
     found: list[Finding] = []
     if card.exists():
@@ -191,5 +195,5 @@ def of_training(config, folder: epath.Path) -> list[Finding]:
             )
         )
     if path.exists():
-        found += curves.of_metrics(config, logs.read_metrics(path), config.kmeans.num_codes)
+        found += curves.of_metrics(config, logs.read_metrics(path), config.kmeans.num_codes, copied)
     return found

@@ -9,12 +9,13 @@ import pytest
 from etils import epath
 
 from hubert_jax import config_files
-from hubert_jax.doctor import curves, disk, plan
+from hubert_jax.doctor import curves, disk, labels, plan
 from hubert_jax.stages import doctor, prepare
 from tests.stages.doctor_project import (
     DEMO,
     NUM_CODES,
     SAMPLE_RATE,
+    by_what,
     get_config,
     not_ok,
     speech,
@@ -175,6 +176,8 @@ WORKDIR_FAULTS = {
     "features that collapsed": (
         curve(feature_spread=lambda row: 0.001), "look", "curve it1: features"),
     "a leak": (curve(masked_accuracy=lambda row: 0.98), "look", "curve it1: accuracy"),
+    "a model that copies": (
+        curve(masked_accuracy=lambda row: 0.2), "look", "curve it1: copying"),
     "a slow disk": (curve(seconds_waited_for_data=lambda row: 4.0), "look", "curve it1: waiting"),
 }  # fmt: skip
 
@@ -188,8 +191,12 @@ def test_a_fault_of_the_work_directory_is_found(clean, tmp_path, name):
     fault(copy)
     found = not_ok(get_config(root), copy)
     assert found[what].level == level and found[what].remedy
-    same_cause = {"codebook it1", *(f"labels it1 {s}: {w}" for s in ("train", "validation")
-                                    for w in ("files", "codes", "one code", "runs"))}  # fmt: skip
+    of_labels = [
+        f"labels it1 {s}: {w}"
+        for s in ("train", "validation")
+        for w in ("files", "codes", "one code", "runs")
+    ]
+    same_cause = {"codebook it1", "curve it1: copying", *of_labels}
     assert set(found) <= {what} | (same_cause if "it1" in what else set())
 
 
@@ -259,21 +266,65 @@ def test_a_run_of_our_own_recipe_is_held_against_our_curve():
         for step, loss, accuracy in curve_of_it1["points"]
     ]  # fmt: skip
     for until in range(1, len(rows)):
-        assert {f.level for f in curves.of_metrics(config, rows[:until], 100)} == {"ok"}
+        assert {f.level for f in curves.of_metrics(config, rows[:until], 100, None)} == {"ok"}
     late = [row | {"train/masked_loss": 4.6} for row in rows]
-    found = curves.of_metrics(config, late[:8], 100)
+    found = curves.of_metrics(config, late[:8], 100, None)
     assert [f.what for f in found if f.level == "look"] == ["curve it1: beside ours"]
 
 
-def test_what_to_expect_is_ours_or_reported_or_not_known():
+def test_what_to_expect_is_ours_or_reported_and_more_than_copying():
     configs = DEMO.parent
 
-    def said(name: str) -> str:
-        return curves.expected(config_files.load(f"{configs / name}")).reason
+    def said(name: str, copied: float | None = None) -> str:
+        return curves.expected(config_files.load(f"{configs / name}"), copied).reason
 
     assert "ln K = 4.61 down to 2." in said("demo.py:it1") and "our run" in said("demo.py:it1")
-    assert "masked accuracy up to 0.46 is reported (ESPnet" in said("base.py:it1")
-    assert "no accuracy is known" in said("base.py:it2")
+    assert "2.31 and 0.36 at step 250000" in said("base.py:it1") and "ESPnet" in said("base.py:it1")
+    assert "2.37 and 0.42 at step 400000 are reported (fairseq" in said("base.py:it2")
+    for name in ("small.py:it1", "large.py", "xlarge.py"):
+        assert "no run of this recipe" in said(name) and "copying" not in said(name)
+        assert "accuracy above 0.162 by the end, which copying" in said(name, 0.162)
+
+
+@pytest.mark.parametrize(
+    ("step", "accuracy", "level"),
+    [(10_000, 0.01, "ok"), (250_000, 0.17, "look"), (250_000, 0.3, "ok"), (300_000, 0.19, "ok")],
+)
+def test_base_is_held_against_what_fairseq_reports(step, accuracy, level):
+    config = config_files.load(f"{DEMO.parent / 'base.py'}:it1")
+    row = {
+        "step": step, "train/masked_loss": 2.5, "train/masked_accuracy": accuracy,
+        "train/predicted_perplexity": 20.0, "train/label_perplexity": 40.0,
+        "train/audio_seconds": 8.0, "train/audio_seconds_per_second": 40.0,
+    }  # fmt: skip
+    found = {f.what: f for f in curves.of_metrics(config, [row], 100, None)}
+    assert found["curve it1: beside others"].level == level
+    assert "reported at step 250000 are 2.31 and 0.365" in found["curve it1: beside others"].reason
+
+
+def test_copying_takes_the_nearest_visible_code():
+    rng = np.random.default_rng(0)
+    codes_NT = np.repeat(rng.integers(0, 5, (20, 15)), 4, axis=1)
+    mask_NT = rng.random((20, 60)) < 0.6
+    mask_NT[:, 7] = False
+    mask_NT[0, :7] = mask_NT[1, 8:] = True  # nothing is visible on one side
+    hits = []
+    for codes_T, mask_T in zip(codes_NT, mask_NT, strict=True):
+        visible = np.flatnonzero(~mask_T)
+        for place in np.flatnonzero(mask_T):
+            nearest = visible[np.argmin(np.abs(visible - place))]  # of two, the first
+            hits.append(codes_T[nearest] == codes_T[place])
+    assert labels.accuracy_of_copying(codes_NT, mask_NT) == pytest.approx(np.mean(hits))
+    assert labels.accuracy_of_copying(np.ones_like(codes_NT), mask_NT) == 1.0
+
+
+def test_copying_of_the_labels_of_a_work_directory(clean, tmp_path):
+    root, workdir = clean
+    config = get_config(root)
+    copied = labels.copying(workdir / "it1", config)
+    assert copied is not None and 0.2 < copied < 0.7  # codes last 80 ms, of 20
+    assert f"above {copied:.3f}" in by_what(config, workdir)["curve it1: expected"].reason
+    assert labels.copying(epath.Path(tmp_path), config) is None
 
 
 def test_the_exit_code_tells_whether_to_stop(clean, capsys):
