@@ -82,7 +82,7 @@ def interruptible(function) -> Callable[[Any, Any, Any], Any]:
     def call(state, batch, key):
         shapes = tuple((x.shape, x.dtype) for x in jax.tree.leaves(batch))
         if shapes not in seen and _received is not None:
-            _heeding(function.lower(state, batch, key).compile)
+            _heeding(lambda: function.lower(state, batch, key).compile())
             seen.add(shapes)
         return function(state, batch, key)  # jax has the program now
 
@@ -91,8 +91,14 @@ def interruptible(function) -> Callable[[Any, Any, Any], Any]:
 
 def _heeding(work: Callable[[], Any]) -> None:
     """Returns once every process has done its work; what it raises is raised here."""
+    mesh = jax.sharding.get_mesh()  # a thread has none; without it, results are placed otherwise
+
+    def on_mesh() -> None:
+        with contextlib.nullcontext() if mesh.empty else jax.set_mesh(mesh):
+            work()
+
     pool = concurrent.futures.ThreadPoolExecutor(1)
-    done = pool.submit(work)
+    done = pool.submit(on_mesh)
     pool.shutdown(wait=False)
     _works.append(done)
     while True:

@@ -11,9 +11,10 @@ import time
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
-from hubert_jax import stopping
+from hubert_jax import sharding, stopping
 from tests.test_padding import compilations
 
 GRACE_SECONDS = 5.0  # a compilation that is waited for takes a minute here
@@ -85,14 +86,21 @@ def test_every_shape_is_compiled_once_and_what_that_raises_is_raised():
 
 def test_what_is_compiled_heedingly_is_what_jax_then_runs():
     """Else every program would be compiled twice, and the second time without heeding."""
-    jitted = jax.jit(lambda state, batch, key: (state + batch.sum(), key), donate_argnums=0)
-    batches = [jnp.ones(length) for length in (3, 3, 4)]
-    state, key = jnp.zeros([]), jax.random.key(0)
-    with compilations() as compiled, stopping.listening():
-        step = stopping.interruptible(jitted)
-        for batch in batches:
-            state, _ = step(state, batch, key)
-    assert float(state) == 10.0 and len(compiled) == 2
+    batches = [np.ones((8, length), np.float32) for length in (3, 3, 3, 4)]
+    mesh = sharding.make_mesh(data=4, fsdp=2, tensor=1)
+
+    def step(state, batch, key):
+        return state + jnp.dot(batch["rows"], jnp.ones(batch["rows"].shape[1])), key
+
+    with jax.set_mesh(mesh):
+        put = [sharding.put_batch(mesh, {"rows": batch}) for batch in batches]
+        state = sharding.put_batch(mesh, {"state": np.zeros(8, np.float32)})["state"]
+        key = jax.random.key(0)
+        with compilations() as compiled, stopping.listening():
+            step = stopping.interruptible(jax.jit(step, donate_argnums=0))
+            for batch in put:
+                state, _ = step(state, batch, key)
+    assert np.asarray(state).tolist() == [13.0] * 8 and len(compiled) == 2, compiled
 
 
 LEAVING = """

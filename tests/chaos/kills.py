@@ -13,7 +13,7 @@ import signal
 import time
 
 from tests.chaos import compare
-from tests.chaos.project import CHECKPOINT_EVERY, Project, Ran, clear
+from tests.chaos.project import CHECKPOINT_EVERY, Project, Ran, Running, clear
 
 # Of a checkpoint that is being written in the background, training may be this far ahead.
 STEPS_AHEAD = 2 * CHECKPOINT_EVERY
@@ -151,25 +151,42 @@ def terminate(project: Project, stage: str, moment: str) -> tuple[list[str], flo
     while len(run.changes) < int(number) and run.process.poll() is None:
         time.sleep(0.002)
     time.sleep(float(seconds))
+    return _terminated(project, stage, run, f"SIGTERM at {moment}")
+
+
+def terminate_compiling(project: Project, seconds: float) -> tuple[list[str], float, int]:
+    """As `terminate`, of a training that finds no compiled programs, `seconds` after it began."""
+    project.restore("pretrain")
+    run = project.start("pretrain", JAX_ENABLE_COMPILATION_CACHE="false")
+    metrics = project.work / "it1" / "logs" / "metrics.jsonl"
+    while not metrics.exists() and run.process.poll() is None:
+        time.sleep(0.002)
+    time.sleep(seconds)
+    return _terminated(project, "pretrain", run, f"SIGTERM, compiling, after {seconds:.2f} s")
+
+
+def _terminated(
+    project: Project, stage: str, run: Running, what: str
+) -> tuple[list[str], float, int]:
     signalled = time.monotonic()
     run.process.terminate()
     ran = run.wait()
     took = time.monotonic() - signalled
     resumed: list[int] = []
-    saved = re.search(r"stopped by SIGTERM after step (\d+); it is saved", ran.output)
+    stopped = re.search(
+        r"stopped by SIGTERM (after step (\d+); it is saved|before its first step)", ran.output
+    )
+    newest = newest_step(project.work)
     faults = []
     if ran.code not in (0, 130, -15):
-        faults.append(f"SIGTERM ended with {ran.code}:\n{ran.output}")
-    if (ran.code == 130) != bool(saved) or (saved and int(saved[1]) != newest_step(project.work)):
-        faults.append(
-            f"code {ran.code}, newest checkpoint {newest_step(project.work)}:\n{ran.output}"
-        )
+        faults.append(f"ended with {ran.code}:\n{ran.output}")
+    if (ran.code == 130) != bool(stopped) or (stopped and int(stopped[2] or 0) != newest):
+        faults.append(f"code {ran.code}, newest checkpoint {newest}:\n{ran.output}")
     if took > GRACE_SECONDS:
         faults.append(f"took {took:.1f} s to end")
-    newest = newest_step(project.work)
     again = project.run(stage)
     if again.code:
         faults.append(f"started again: code {again.code}:\n{again.output}")
     faults += repeated(again, newest, resumed)
     faults += compare.differences(project.work, project.after(stage), resumed) + litter(project)
-    return [f"{stage}, SIGTERM at {moment}: {fault}" for fault in faults], took, ran.code
+    return [f"{stage}, {what}: {fault}" for fault in faults], took, ran.code

@@ -78,6 +78,9 @@ class Chaos:
             (9, "SIGKILL of training alone"),
         ] * 2:
             yield trial(fault, "pretrain", kills.loaders, project, number, rng.uniform(0, 1))
+        for _ in range(6):
+            fault, seconds = "SIGTERM to training that compiles", rng.uniform(0, 6)
+            yield trial(fault, f"after {seconds:.2f} s", self.terminated_compiling, seconds)
         for stage in [*["pretrain"] * 4, *project.stages]:
             yield trial(f"SIGTERM in {row(stage)}", stage, self.terminated, stage)
 
@@ -105,6 +108,11 @@ class Chaos:
     def two_runs(self) -> list[str]:
         refused, self.taken_over = folders.two_runs(self.project)
         return refused
+
+    def terminated_compiling(self, seconds: float) -> list[str] | None:
+        lost, took, code = kills.terminate_compiling(self.project, seconds)
+        self.notes.append(f"SIGTERM to training that compiles: code {code} after {took:.1f} s")
+        return lost if code else None
 
     def terminated(self, stage: str) -> list[str] | None:
         lost, seconds, code = kills.terminate(
