@@ -21,7 +21,8 @@ RISE = 0.1  # of the lowest loss, by which a loss may have risen again
 MAX_START = 1.5  # times ln K; untrained logits are not yet small
 TOO_GOOD = 0.9  # masked accuracy that is no prediction but a leak
 MIN_OF_REPORTED = 0.5  # of the masked accuracy that others report, below which a run is looked at
-NEARLY = 0.9  # of the steps, after which a model should have learnt more than to copy
+NEARLY = 0.9  # of the steps, after which a model should have learnt more than to copy,
+MUCH_LESS = 0.8  # of the accuracy of copying, below which it certainly has not
 
 
 class Reported(NamedTuple):
@@ -85,9 +86,13 @@ def expected(config, copied: float | None) -> Finding:
         words += f" {', '.join(points)} are reported ({theirs.source}{theirs.others})"
     else:
         words += "; there is no run of this recipe, ours or reported"
+        for near in REPORTED:
+            if all(near.recipe[field] == recipe(config)[field] for field in ("kind", "num_codes")):
+                words += f"; base had an accuracy of {near.points[-1][2]:.2f} with as many codes of"
+                words += f" the same kind ({near.source})"
     if copied is not None:
-        words += f"; masked accuracy above {copied:.3f} by the end, which copying the nearest"
-        words += " visible code gives on these labels"
+        words += f"; copying the nearest visible code gives an accuracy of {copied:.3f} on these"
+        words += " labels, and a model should end above that"
     return ok(f"curve {config.iteration}: expected", words)
 
 
@@ -150,11 +155,24 @@ def of_metrics(
             <= watch.ONE_CODE
             < last["train/label_perplexity"] / 2,
         ),
+        graded(
+            f"{title}: frequencies",
+            f"masked loss {loss:.2f}; to know how frequent codes are and nothing else gives"
+            f" {_of_frequencies(last):.2f}",
+            "past the warm-up it has learnt less than that: lower or raise optim.peak_lr; do the"
+            " labels belong to the audio?",
+            is_look=step > 2 * warm and loss > _of_frequencies(last),
+        ),
         *_features(title, lines, warm),
         _waiting(title, whole[1:] or whole, config.train.report_every),
         _beside(title, config, last, num_codes),
     ]
     return found
+
+
+def _of_frequencies(row: Mapping[str, float]) -> float:
+    """The loss of predicting every code as often as it occurs: the entropy of the labels."""
+    return math.log(row["train/label_perplexity"])
 
 
 def _copying(config, step: int, accuracy: float, copied: float | None) -> list[Finding]:
@@ -167,7 +185,7 @@ def _copying(config, step: int, accuracy: float, copied: float | None) -> list[F
             f" gives {copied:.3f}",
             "nearly at its end it has learnt no more than that codes last a while: too few steps,"
             " or optim.peak_lr too low or too high; do the labels belong to the audio?",
-            is_look=step >= NEARLY * config.train.num_steps and accuracy < copied,
+            is_look=step >= NEARLY * config.train.num_steps and accuracy < MUCH_LESS * copied,
         )
     ]
 

@@ -95,10 +95,11 @@ def copying(folder: epath.Path, config) -> float | None:
     """
     try:
         store = arrays.Store(folder / "labels" / "train")
-    except (ValueError, OSError):  # of_iteration says what is wrong with them
+        rate = int(store.card["rate"])
+    except (ValueError, OSError, KeyError, TypeError):  # of_iteration says what is wrong with them
         return None
     length = round(config.batch.min_seconds * frames.FRAME_RATE)
-    places = frames.label_positions(length, first_frame=0, label_rate=int(store.card["rate"]))
+    places = frames.label_positions(length, first_frame=0, label_rate=rate)
     every = max(1, len(store.ids) // NUM_WINDOWS)
     codes = (store[id_] for id_ in store.ids[::every])
     windows = [codes_T[places] for codes_T in codes if len(codes_T) > places[-1]]

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The doctor finds what was planted, one fault at a time, and nothing where nothing was."""
 
+import json
 import pathlib
 import shutil
 
@@ -167,7 +168,7 @@ WORKDIR_FAULTS = {
         relabelled(change=lambda c: np.random.default_rng(0).permutation(c)),
         "look", "labels it1 train: runs"),
     "a loss that rose": (
-        curve(masked_loss=lambda row: 2.0 if row["step"] < 280 else 2.9),
+        curve(masked_loss=lambda row: 2.0 if row["step"] < 280 else 2.5),
         "look", "curve it1: rise"),
     "steps that were skipped": (
         curve(skipped=lambda row: float(row["step"] == 100) / 20), "look", "curve it1: skipped"),
@@ -178,6 +179,7 @@ WORKDIR_FAULTS = {
     "a leak": (curve(masked_accuracy=lambda row: 0.98), "look", "curve it1: accuracy"),
     "a model that copies": (
         curve(masked_accuracy=lambda row: 0.2), "look", "curve it1: copying"),
+    "a loss that stays": (curve(masked_loss=lambda row: 2.99), "look", "curve it1: frequencies"),
     "a slow disk": (curve(seconds_waited_for_data=lambda row: 4.0), "look", "curve it1: waiting"),
 }  # fmt: skip
 
@@ -256,17 +258,21 @@ def test_what_a_disk_has_to_hold():
     assert kept == 10 * 12 * (2 + 1 + 2)
 
 
+COPIED_IN_DEMO = 0.226  # of it1's labels, by labels.copying
+
+
 def test_a_run_of_our_own_recipe_is_held_against_our_curve():
     config = config_files.load(f"{DEMO}:it1")
     (curve_of_it1,) = [c for c in curves.stored() if c["recipe"] == curves.recipe(config)]
     rows = [
         {"step": step, "train/masked_loss": loss, "train/masked_accuracy": accuracy,
-         "train/predicted_perplexity": 20.0, "train/label_perplexity": 40.0,
+         "train/predicted_perplexity": 20.0, "train/label_perplexity": 77.0,
          "train/audio_seconds": 8.0, "train/audio_seconds_per_second": 40.0}
         for step, loss, accuracy in curve_of_it1["points"]
     ]  # fmt: skip
     for until in range(1, len(rows)):
-        assert {f.level for f in curves.of_metrics(config, rows[:until], 100, None)} == {"ok"}
+        found = curves.of_metrics(config, rows[:until], 100, COPIED_IN_DEMO)
+        assert {f.level for f in found} == {"ok"}, [f for f in found if f.level != "ok"]
     late = [row | {"train/masked_loss": 4.6} for row in rows]
     found = curves.of_metrics(config, late[:8], 100, None)
     assert [f.what for f in found if f.level == "look"] == ["curve it1: beside ours"]
@@ -283,7 +289,9 @@ def test_what_to_expect_is_ours_or_reported_and_more_than_copying():
     assert "2.37 and 0.42 at step 400000 are reported (fairseq" in said("base.py:it2")
     for name in ("small.py:it1", "large.py", "xlarge.py"):
         assert "no run of this recipe" in said(name) and "copying" not in said(name)
-        assert "accuracy above 0.162 by the end, which copying" in said(name, 0.162)
+        assert "visible code gives an accuracy of 0.162" in said(name, 0.162)
+    assert "base had an accuracy of 0.39" in said("small.py:it1")
+    assert "base had an accuracy of 0.42" in said("large.py")
 
 
 @pytest.mark.parametrize(
@@ -323,7 +331,14 @@ def test_copying_of_the_labels_of_a_work_directory(clean, tmp_path):
     config = get_config(root)
     copied = labels.copying(workdir / "it1", config)
     assert copied is not None and 0.2 < copied < 0.7  # codes last 80 ms, of 20
-    assert f"above {copied:.3f}" in by_what(config, workdir)["curve it1: expected"].reason
+    assert f"an accuracy of {copied:.3f}" in by_what(config, workdir)["curve it1: expected"].reason
+    copy = epath.Path(tmp_path / "it1")
+    shutil.copytree(workdir / "it1", copy)
+    for rate in ("x", None):
+        card = json.loads((copy / "labels" / "train" / "card.json").read_text())
+        card["rate"] = rate
+        (copy / "labels" / "train" / "card.json").write_text(json.dumps(card))
+        assert labels.copying(copy, config) is None
     assert labels.copying(epath.Path(tmp_path), config) is None
 
 
