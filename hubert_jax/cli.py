@@ -56,6 +56,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         sys.exit(2)
     logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax warns of files it never wrote
     keep_compiled_programs()
+    from hubert_jax.data import leftovers
+
+    leftovers.sweep()
     show_traceback = "--traceback" in rest
     rest = [word for word in rest if word != "--traceback"]
     go_on = shlex.join(["hubert", *argv])
@@ -145,9 +148,12 @@ def run_config_stage(stage: str, argv: list[str]) -> None:
     join(args)
     from etils import epath
 
+    from hubert_jax import processes
+
     workdir = epath.Path(args.workdir)
     module = importlib.import_module(module_name(stage))
     with one_at_a_time(stage, workdir):
+        processes.wait("lock")
         if stage == "run":
             get = config_files.configured
             module.run(lambda name: get(parser, f"{path}:{name}", overrides), workdir)

@@ -9,8 +9,8 @@ import contextlib
 import json
 import math
 import pathlib
+import shutil
 import sys
-import tempfile
 import time
 import types
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,7 +19,7 @@ from typing import Self
 import tqdm
 from etils import epath
 
-from hubert_jax.data import cards, places
+from hubert_jax.data import cards, leftovers, places
 
 SECONDS_BETWEEN_LINES = 10.0
 SECONDS_BETWEEN_FLUSHES = 30.0  # of TensorBoard's events
@@ -157,8 +157,8 @@ class Metrics:
 
     def __init__(self, folder, *, resume_from: int):
         self._bucket = None if places.is_local(folder) else epath.Path(folder)
-        self._scratch = tempfile.TemporaryDirectory(prefix="hubert_jax-") if self._bucket else None
-        self.path = pathlib.Path(self._scratch.name if self._scratch else folder) / "metrics.jsonl"
+        self._scratch = leftovers.folder() if self._bucket else None
+        self.path = pathlib.Path(self._scratch or folder) / "metrics.jsonl"
         self.path.parent.mkdir(parents=True, exist_ok=True)
         if self._bucket and (self._bucket / self.path.name).exists():
             self.path.write_bytes((self._bucket / self.path.name).read_bytes())
@@ -185,7 +185,7 @@ class Metrics:
             self._events.close()
         self._upload()
         if self._scratch:
-            self._scratch.cleanup()
+            shutil.rmtree(self._scratch)
 
     def _upload(self) -> None:
         """Nothing can be appended to a file in a bucket: all of it is written again."""

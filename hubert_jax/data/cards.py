@@ -18,7 +18,6 @@ import importlib.metadata
 import json
 import os
 import struct
-import tempfile
 import tokenize
 import zipfile
 import zlib
@@ -28,7 +27,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from hubert_jax.data import places
+from hubert_jax.data import leftovers, places
 
 Card = dict[str, Any]
 
@@ -228,7 +227,7 @@ def _beside(path: epath.Path) -> epath.Path:
 
 
 def _elsewhere(path: epath.Path) -> epath.Path:
-    return epath.Path(tempfile.mkdtemp(prefix="hubert_jax-")) / path.name
+    return epath.Path(leftovers.folder()) / path.name
 
 
 def digest(path: epath.PathLike) -> str:

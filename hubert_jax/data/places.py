@@ -10,10 +10,11 @@ import functools
 import hashlib
 import os
 import shutil
-import tempfile
 import threading
 
 from etils import epath
+
+from hubert_jax.data import leftovers
 
 
 def is_local(path: epath.PathLike) -> bool:
@@ -63,6 +64,6 @@ def upload(source: epath.PathLike, path: epath.PathLike) -> None:
 @functools.cache
 def _copies() -> str:
     """The folder of this process' copies; it goes when the process ends."""
-    folder = tempfile.mkdtemp(prefix="hubert_jax-")
+    folder = leftovers.folder()
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     return folder

@@ -12,6 +12,7 @@ import re
 import signal
 import time
 
+from hubert_jax.data import leftovers
 from tests.chaos import compare
 from tests.chaos.project import CHECKPOINT_EVERY, Project, Ran, Running, clear
 
@@ -96,28 +97,29 @@ def whole_shards(work: pathlib.Path) -> set[tuple[int, int]]:
 
 
 def litter(project: Project) -> list[str]:
-    """What is left in the folder for temporary files."""
+    """What is left in the folder for temporary files, and of shared memory by processes gone."""
     folder = project.base / "temporary"
-    names = sorted(path.name for path in folder.iterdir())
+    paths = [*folder.iterdir(), *leftovers.of_the_gone(leftovers.SHARED)]
     clear(folder)
-    return [f"{folder}: {name} left over" for name in names]
+    return [f"{path} left over" for path in sorted(paths)]
 
 
 def loaders(project: Project, number: int, delay: float) -> list[str]:
     """Training whose batches other processes load, signalled some time after a checkpoint.
 
-    Signal 15 to all of them: it saves first. 9 to training alone: the others end by themselves.
-    Then the same command, loading in threads; what was lost.
+    Signal 15 to all of them: it saves first. 9 to training alone: the others end by themselves;
+    -9 to all: nobody is left to remove their shared memory. Then the same command, loading in
+    threads; what was lost.
     """
     project.restore("pretrain")
     run = project.start("pretrain", "--config.batch.num_workers=2")
     while newest_step(project.work) == 0 and run.process.poll() is None:
         time.sleep(0.002)
     time.sleep(delay)
-    (os.killpg if number == signal.SIGTERM else os.kill)(run.process.pid, number)
+    (os.kill if number == signal.SIGKILL else os.killpg)(run.process.pid, abs(number))
     ran, ended = run.wait(), time.monotonic()
     faults = []
-    if ran.code not in (0, 130 if number == signal.SIGTERM else -number):
+    if ran.code not in (0, 130 if number == signal.SIGTERM else -abs(number)):
         faults.append(f"code {ran.code}:\n{ran.output}")
     while is_group(run.process.pid) and time.monotonic() < ended + GRACE_SECONDS:
         time.sleep(0.05)

@@ -76,6 +76,7 @@ class Chaos:
         for number, fault in [
             (15, "SIGTERM to training and its loaders"),
             (9, "SIGKILL of training alone"),
+            (-9, "SIGKILL of training and its loaders"),
         ] * 2:
             yield trial(fault, "pretrain", kills.loaders, project, number, rng.uniform(0, 1))
         for _ in range(6):

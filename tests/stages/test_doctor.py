@@ -275,7 +275,8 @@ def test_a_run_of_our_own_recipe_is_held_against_our_curve():
         assert {f.level for f in found} == {"ok"}, [f for f in found if f.level != "ok"]
     late = [row | {"train/masked_loss": 4.6} for row in rows]
     found = curves.of_metrics(config, late[:8], 100, None)
-    assert [f.what for f in found if f.level == "look"] == ["curve it1: beside ours"]
+    looked_at = [f.what for f in found if f.level == "look"]
+    assert looked_at == ["curve it1: frequencies", "curve it1: beside ours"]
 
 
 def test_what_to_expect_is_ours_or_reported_and_more_than_copying():
