@@ -10,6 +10,7 @@ differ, so a lock counts as stale only after a look at it for two heartbeats at 
 
 import contextlib
 import json
+import math
 import os
 import threading
 import time
@@ -17,8 +18,7 @@ from collections.abc import Iterator
 
 from hubert_jax import logs, owners
 
-NAME = ".running"
-TIMEOUT = 60.0  # seconds, for one read or write
+TIMEOUT = 15.0  # seconds, for one read or write
 
 
 class Bucket:
@@ -34,15 +34,31 @@ class Bucket:
     def read(self) -> tuple[owners.Owner | None, bytes]:
         """(the owner or None where there is no lock, the generation to replace)."""
         with self._explained():
-            found = self._store.read(NAME).result(TIMEOUT)
+            found = self._store.read(owners.NAME).result(TIMEOUT)
         is_there = found.state == "value"
         return owners.parse(found.value) if is_there else None, found.stamp.generation
 
-    def write(self, owner: owners.Owner | None, *, replaces: bytes) -> bytes:
-        """The new generation; b"" where there was another than `replaces`. None: no lock."""
-        text = None if owner is None else json.dumps(owner | {"beat": time.time()})
+    def write(self, owner: owners.Owner, *, replaces: bytes) -> bytes:
+        """The new generation; b"" where there is another than `replaces`.
+
+        tensorstore tries again where an answer is lost, and is then refused for its own write.
+        """
+        text = json.dumps(owner | {"beat": time.time()})
+        return self._replace(text, replaces) or self._generation_of(owner)
+
+    def remove(self, owner: owners.Owner, *, replaces: bytes) -> None:
+        """Where the lock is not this owner's any more, it stays."""
+        if not self._replace(None, replaces) and (own := self._generation_of(owner)):
+            self._replace(None, own)
+
+    def _replace(self, text: str | None, replaces: bytes) -> bytes:
         with self._explained():
-            return self._store.write(NAME, text, if_equal=replaces).result(TIMEOUT).generation
+            done = self._store.write(owners.NAME, text, if_equal=replaces).result(TIMEOUT)
+        return done.generation
+
+    def _generation_of(self, owner: owners.Owner) -> bytes:
+        found, generation = self.read()
+        return generation if found is not None and owner.items() <= found.items() else b""
 
     @contextlib.contextmanager
     def _explained(self) -> Iterator[None]:
@@ -83,7 +99,7 @@ def held(folder: os.PathLike | str, command: str) -> Iterator[None]:
         beating.join()
         if generation:
             with contextlib.suppress(OSError):  # it is stale soon
-                bucket.write(None, replaces=generation)
+                bucket.remove(mine, replaces=generation)
 
 
 def owner_of(folder: os.PathLike | str) -> owners.Owner | None:
@@ -99,7 +115,7 @@ def _take(bucket: Bucket, mine: owners.Owner) -> bytes:
         if owner is not None:
             alive = owners.is_alive(owner, age=_age(owner))
             if alive if owners.is_here(owner) else _is_heard(bucket, owner, generation):
-                lock = f"{bucket.url.rstrip('/')}/{NAME}"
+                lock = f"{bucket.url.rstrip('/')}/{owners.NAME}"
                 raise owners.Held(bucket.url, owner, lock)
             logs.info(f"{bucket.url}: its lock is of {owners.name(owner)}, which is gone")
         taken = bucket.write(mine, replaces=generation)
@@ -109,7 +125,7 @@ def _take(bucket: Bucket, mine: owners.Owner) -> bytes:
 
 def _is_heard(bucket: Bucket, owner: owners.Owner, generation: bytes) -> bool:
     """Whether an owner on another host beats again before it counts as gone; waits for that."""
-    left = max(2 * owners.HEARTBEAT, owners.STALE - _age(owner))
+    left = min(max(2 * owners.HEARTBEAT, owners.STALE - _age(owner)), owners.STALE)
     logs.info(
         f"{bucket.url}: its lock is of {owners.name(owner)}; waiting for its heartbeat, at most"
         f" {left:.0f} s"
@@ -125,4 +141,6 @@ def _is_heard(bucket: Bucket, owner: owners.Owner, generation: bytes) -> bool:
 
 def _age(owner: owners.Owner) -> float:
     beat = owner.get("beat")
-    return time.time() - beat if isinstance(beat, int | float) else owners.STALE
+    if isinstance(beat, int | float) and math.isfinite(beat):
+        return time.time() - beat
+    return owners.STALE

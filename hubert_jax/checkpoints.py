@@ -42,6 +42,12 @@ class CheckpointConfig:
                 raise ValueError(f"checkpoints.{name} is {value!r}: an integer from {least} on")
 
 
+class _Manager(ocp.CheckpointManager):
+    def reached_preemption(self, step: int) -> bool:
+        """Does not ask jax, which counts such calls: they are those of stopping.heed alone."""
+        return False
+
+
 class Checkpoints:
     """The checkpoints of one run: saved asynchronously, restored onto any mesh."""
 
@@ -54,7 +60,7 @@ class Checkpoints:
             keep_period=config.keep_every or None,
             enable_async_checkpointing=True,
         )
-        self._manager = ocp.CheckpointManager(places.absolute(self.folder), options=options)
+        self._manager = _Manager(places.absolute(self.folder), options=options)
 
     @property
     def latest_step(self) -> int | None:

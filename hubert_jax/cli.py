@@ -68,11 +68,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         else:
             importlib.import_module(module_name(stage)).main(rest)
     except KeyboardInterrupt as error:
-        from hubert_jax import stopping
-
         reason = str(error) or "interrupted"
         print(f"\nhubert {stage}: {reason}. To go on:\n  {go_on}", file=sys.stderr)
-        stopping.leave(130)
+        imported = sys.modules.get("hubert_jax.processes")
+        if imported is not None and hasattr(imported, "leave"):  # else that was interrupted
+            imported.leave(130, together=True)
+        sys.exit(130)
     except (ValueError, OSError, ImportError) as error:  # for people to mend, the rest is ours
         from hubert_jax import processes
 
@@ -81,7 +82,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         reason = str(error) or type(error).__name__
         print(f"hubert {stage}: error{processes.name()}: {reason}", file=sys.stderr)
         print(f"Once that is mended, go on with:\n  {go_on}", file=sys.stderr)
-        processes.leave(1)
+        processes.leave(1, together=False)
     except Exception:
         from hubert_jax import processes
 
@@ -89,7 +90,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if processes.this()[1] == 1:
             raise
         traceback.print_exc()
-        processes.leave(1)
+        processes.leave(1, together=False)
 
 
 def keep_compiled_programs() -> None:

@@ -16,7 +16,6 @@ import time
 from collections.abc import Iterator
 
 from hubert_jax import bucket_locks, logs, owners
-from hubert_jax.bucket_locks import NAME
 from hubert_jax.data import cards, places
 
 NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS)  # what disks without hard links say
@@ -32,7 +31,7 @@ def held(folder: os.PathLike | str, command: str) -> Iterator[None]:
         with bucket_locks.held(folder, command):
             yield
         return
-    path = pathlib.Path(folder) / NAME
+    path = pathlib.Path(folder) / owners.NAME
     path.parent.mkdir(parents=True, exist_ok=True)
     mine = owners.this(command)
     _take(path, mine)
@@ -51,7 +50,7 @@ def held(folder: os.PathLike | str, command: str) -> Iterator[None]:
 
 def _take(path: pathlib.Path, mine: owners.Owner) -> None:
     """Creates the lock; in one step, so that of two runs that start together one gets it."""
-    unfinished = path.with_name(f"{NAME}-{mine['host']}-{mine['process']}")
+    unfinished = path.with_name(f"{owners.NAME}-{mine['host']}-{mine['process']}")
     try:
         with cards.enough_space(path):
             unfinished.write_text(json.dumps(mine))
@@ -110,8 +109,8 @@ def _is_heard(path: pathlib.Path, owner: owners.Owner, age: float) -> bool:
 
 def _sweep(path: pathlib.Path, host: str) -> None:
     """Removes what runs that were killed while they took the lock have left beside it."""
-    for left in path.parent.glob(f"{NAME}-{host}-*"):
-        process = left.name.removeprefix(f"{NAME}-{host}-").removesuffix("-stale")
+    for left in path.parent.glob(f"{owners.NAME}-{host}-*"):
+        process = left.name.removeprefix(f"{owners.NAME}-{host}-").removesuffix("-stale")
         if process.isdigit() and (int(process) == os.getpid() or not owners.exists(int(process))):
             left.unlink(missing_ok=True)
 
@@ -120,7 +119,7 @@ def owner_of(folder: os.PathLike | str) -> owners.Owner | None:
     """Who is at work in a folder; None where nobody is."""
     if not places.is_local(folder):
         return bucket_locks.owner_of(folder)
-    path = pathlib.Path(folder) / NAME
+    path = pathlib.Path(folder) / owners.NAME
     owner, now = _read(path), time.time()
     return owner if owner and owners.is_alive(owner, age=now - _touched(path, now)) else None
 

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Who holds the lock of a work directory, and whether that process is still at work.
 
-{"host", "process", "born": of the process, in clock ticks since the boot, "since", "command"}
+{"host", "boot": an id of the host since it was started, "process",
+ "born": of the process, in clock ticks since the boot, "since", "command"}
 """
 
 import json
@@ -11,6 +12,7 @@ import socket
 import time
 from typing import Any
 
+NAME = ".running"  # of the lock, in the work directory
 HEARTBEAT = 30.0  # seconds
 STALE = 10 * 60.0  # seconds without a heartbeat, after which a run on another host is given up
 
@@ -31,7 +33,8 @@ class Held(ValueError):
 def this(command: str) -> Owner:
     """This process, at `command`."""
     return {
-        "host": socket.gethostname(), "process": os.getpid(), "born": _born(os.getpid()),
+        "host": socket.gethostname(), "boot": _boot(),
+        "process": os.getpid(), "born": _born(os.getpid()),
         "since": time.strftime("%Y-%m-%d %H:%M:%S"), "command": command,
     }  # fmt: skip
 
@@ -50,8 +53,12 @@ def parse(text: str | bytes) -> Owner:
 
 
 def is_here(owner: Owner) -> bool:
-    """Whether the owner is a process of this host, so that a look at it tells."""
-    return owner.get("host") == socket.gethostname()
+    """Whether the owner is a process of this host, so that a look at it tells.
+
+    Of two pods that have one name in turn, the second may be on another node.
+    """
+    is_named_so = owner.get("host") == socket.gethostname()
+    return is_named_so and owner.get("boot", _boot()) == _boot()  # 0.3.0 wrote none at first
 
 
 def is_alive(owner: Owner, *, age: float) -> bool:
@@ -63,6 +70,13 @@ def is_alive(owner: Owner, *, age: float) -> bool:
 
 def exists(process: int) -> bool:
     return _born(process) is not None
+
+
+def _boot() -> str | None:
+    try:
+        return pathlib.Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:  # not Linux
+        return None
 
 
 def _born(process: Any) -> str | None:

@@ -13,14 +13,17 @@ and a run that is told nothing is one process. A process that dies without a wor
 `heartbeat_timeout` seconds; the others are then ended by jax, which names it.
 """
 
+import concurrent.futures
 import os
 import sys
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
+
+from hubert_jax.data import leftovers
 
 AUTO = "auto"
 VARIABLES = {
@@ -142,10 +145,21 @@ def agree(numbers: Sequence[int]) -> bool:
     return bool((everyones == padded).all())
 
 
-def leave(code: int) -> None:
-    """Ends a process that failed, at once: leaving in order would wait for the others first."""
-    if this()[1] > 1:
+works: list[concurrent.futures.Future] = []  # of threads, perhaps not waited for any longer
+
+
+def leave(code: int, *, together: bool) -> NoReturn:
+    """Ends the process: in order, or at once where that would wait for what nobody needs.
+
+    That is a thread still at work, and the other processes of one that failed (not `together`).
+    """
+    if all(work.done() for work in works) and (together or this()[1] == 1):
+        sys.exit(code)
+    try:
+        if together and jax.distributed.is_initialized():
+            jax.distributed.shutdown()
+    finally:
+        leftovers.remove_folders()
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
-    sys.exit(code)

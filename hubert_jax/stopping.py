@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Stopping at SIGINT or SIGTERM within seconds, wherever training is, and without losing a step.
+"""Stopping at SIGINT or SIGTERM without losing a step, and soon, also where training takes long.
 
 While somebody is `listening`, a signal ends nothing: it is noted, and the next `heed` raises Stop.
 Training heeds after each step, between the batches of a validation and, by `interruptible`, while
@@ -14,16 +14,17 @@ import contextlib
 import itertools
 import os
 import signal
-import sys
 from collections.abc import Callable, Iterator
-from typing import Any, NoReturn
+from typing import Any
 
 import jax
 from jax.experimental import multihost_utils
 
 from hubert_jax import processes
 
-SECONDS_BETWEEN_CALLS = 0.5  # of heed, while something is compiled
+# Of heed, while something is compiled; several processes use their devices to agree, on which XLA
+# may be timing kernels.
+SECONDS_BETWEEN_CALLS, SECONDS_OF_SEVERAL = 0.5, 5.0
 
 
 class Stop(Exception):
@@ -32,12 +33,11 @@ class Stop(Exception):
 
 _received: list[str] | None = None  # while somebody is listening
 _calls = itertools.count(1)  # of heed, the same in all processes
-_works: list[concurrent.futures.Future] = []  # that somebody waits for, or waited
 
 
 @contextlib.contextmanager
 def listening() -> Iterator[None]:
-    """Within, signals are noted, for `heed`."""
+    """Within, signals are noted, for `heed`. Raises Stop at the end where one was not heeded."""
     global _received
     several = processes.this()[1] > 1
     numbers = [signal.SIGINT] if several else [signal.SIGINT, signal.SIGTERM]
@@ -59,6 +59,8 @@ def listening() -> Iterator[None]:
         _received = None
         for number, handler in previous.items():
             signal.signal(number, handler)
+    if received and not several:
+        raise Stop(received[0])
 
 
 def heed() -> None:
@@ -67,7 +69,7 @@ def heed() -> None:
         return
     if processes.this()[1] == 1:
         if _received:
-            raise Stop(_received[0])
+            raise Stop(_received.pop())
     elif multihost_utils.reached_preemption_sync_point(next(_calls)):
         raise Stop("SIGTERM")  # whatever it was that one of them received
 
@@ -97,26 +99,16 @@ def _heeding(work: Callable[[], Any]) -> None:
         with contextlib.nullcontext() if mesh.empty else jax.set_mesh(mesh):
             work()
 
+    seconds = SECONDS_OF_SEVERAL if processes.this()[1] > 1 else SECONDS_BETWEEN_CALLS
     pool = concurrent.futures.ThreadPoolExecutor(1)
     done = pool.submit(on_mesh)
     pool.shutdown(wait=False)
-    _works.append(done)
+    processes.works.append(done)
     while True:
-        concurrent.futures.wait([done], timeout=SECONDS_BETWEEN_CALLS)
+        concurrent.futures.wait([done], timeout=seconds)
         is_done = done.done()
         heed()
         if processes.agree([is_done]) and is_done:
-            _works.remove(done)
+            processes.works.remove(done)
             done.result()
             return
-
-
-def leave(code: int) -> NoReturn:
-    """Ends the process. In order, unless XLA still compiles what nobody waits for any longer."""
-    if not all(work.done() for work in _works):
-        if jax.distributed.is_initialized():
-            jax.distributed.shutdown()
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
-    sys.exit(code)

@@ -108,7 +108,7 @@ def _split_rows(x, parts: int):
 
 
 class Interrupted(KeyboardInterrupt):
-    """Ctrl-C or SIGTERM; the state has been saved."""
+    """Ctrl-C or SIGTERM; the state has been saved, if there was any step."""
 
 
 def fit(
@@ -151,10 +151,11 @@ def fit(
         report(done - len(pending) + count, sum_metrics(ready), now - since, waited)
         pending, waited, since = pending[count:], 0.0, now
 
-    with stopping.listening():
-        try:
+    try:
+        with stopping.listening():
             if validate_first:
                 validate(state)
+                since = time.perf_counter()
             while done < num_steps:
                 stopping.heed()
                 asked = time.perf_counter()
@@ -171,12 +172,13 @@ def fit(
                     start = time.perf_counter()
                     validate(state)
                     since += time.perf_counter() - start
-        except stopping.Stop as signal:
-            if done > first:
-                save(state)
-            report_first(len(pending))
-            when = f"after step {done}; it is saved" if done else "before its first step"
-            raise Interrupted(f"stopped by {signal} {when}") from None
+            stopping.heed()
+    except stopping.Stop as stop:
+        if done > first:
+            save(state)
+        report_first(len(pending))
+        when = f"after step {done}; it is saved" if done else "before its first step"
+        raise Interrupted(f"stopped by {stop} {when}") from None
     return state
 
 

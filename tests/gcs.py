@@ -21,6 +21,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
     objects: dict[str, tuple[int, bytes]] = {}  # noqa: RUF012 replaced in every server
     generations: Iterator[int]
     lock: threading.Lock
+    lose_answers = 0  # of so many writes to come
 
     def do_GET(self):
         path, query = self._parsed()
@@ -53,6 +54,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 return
             generation = next(self.generations)
             self.objects[name] = generation, value
+        if Handler.lose_answers:
+            Handler.lose_answers -= 1
+            self._answer(503)
+            return
         facts = {"name": name, "generation": str(generation), "size": str(len(value))}
         self._answer(200, json.dumps(facts).encode())
 

@@ -6,13 +6,16 @@ import shutil
 
 import jax
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 from etils import epath
+from jax.experimental import multihost_utils
 
-from hubert_jax import checkpoints, train, weights
+from hubert_jax import checkpoints, optim, train, weights
 from hubert_jax.data import cards
 from hubert_jax.heads import Weights
 from tests import tiny
+from tests.test_sharding import OPTIM
 
 
 def made(seed: int) -> tuple[Weights, dict]:
@@ -117,3 +120,21 @@ def test_a_card_that_is_not_of_the_training_is_refused_by_field(tmp_path):
     path.write_text(json.dumps(written | {"format": 2}))
     with pytest.raises(ValueError, match="format is 2"):
         checkpoints.load_weights(tmp_path)
+
+
+def test_a_save_does_not_count_as_a_question_whether_to_stop(tmp_path, monkeypatch):
+    """jax counts these calls: several processes stop at the same one, and it is stopping.heed's."""
+
+    def asked(step):
+        raise AssertionError(f"asked at step {step}")
+
+    monkeypatch.setattr(multihost_utils, "reached_preemption_sync_point", asked)
+    saved = checkpoints.Checkpoints(tmp_path, checkpoints.CheckpointConfig(1, 2, 0))
+    with pytest.raises(AssertionError, match="at step 7"):
+        ocp.utils.reached_preemption(7)  # what Orbax would ask
+    optimizer = optim.adamw(OPTIM, num_steps=10)
+    state = train.init_state(tiny.model(), optimizer)
+    for step in (100_000, 100_001):
+        saved.save(state._replace(step=np.int32(step)), {"kind": "checkpoint"})
+    saved.close()
+    assert checkpoints.resolve(tmp_path).name == "100001"

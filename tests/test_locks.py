@@ -48,9 +48,9 @@ def test_a_second_run_is_refused_with_the_first_ones_name_and_a_killed_one_is_ta
     finally:
         first.kill()
         first.communicate()
-    assert (tmp_path / locks.NAME).exists() and locks.owner_of(tmp_path) is None
+    assert (tmp_path / owners.NAME).exists() and locks.owner_of(tmp_path) is None
     with locks.held(tmp_path, "second"):
-        assert json.loads((tmp_path / locks.NAME).read_text())["process"] == os.getpid()
+        assert json.loads((tmp_path / owners.NAME).read_text())["process"] == os.getpid()
     assert "taken over" in capsys.readouterr().out
     assert not any(tmp_path.iterdir())
 
@@ -70,7 +70,7 @@ def test_whatever_writes_into_a_work_directory_is_refused_while_another_run_is_t
 
 
 def other_host(folder, age):
-    path = folder / locks.NAME
+    path = folder / owners.NAME
     path.write_text(json.dumps({"host": "elsewhere", "process": 1, "born": "1", "since": "then"}))
     os.utime(path, (time.time() - age,) * 2)
 
@@ -78,7 +78,7 @@ def other_host(folder, age):
 def test_a_run_on_another_host_is_refused_once_it_is_heard(tmp_path, monkeypatch):
     monkeypatch.setattr(owners, "HEARTBEAT", 0.01)
     other_host(tmp_path, owners.STALE - 60)
-    beat = threading.Timer(0.3, os.utime, [tmp_path / locks.NAME])
+    beat = threading.Timer(0.3, os.utime, [tmp_path / owners.NAME])
     beat.start()
     started = time.monotonic()
     with (
@@ -103,7 +103,7 @@ def test_a_job_that_goes_on_on_another_node_waits_for_its_former_self(
     monkeypatch.setattr(owners, "HEARTBEAT", 0.01)
     other_host(tmp_path, owners.STALE - 1)
     with locks.held(tmp_path, "second"):
-        assert json.loads((tmp_path / locks.NAME).read_text())["process"] == os.getpid()
+        assert json.loads((tmp_path / owners.NAME).read_text())["process"] == os.getpid()
     assert "waiting for its heartbeat" in capsys.readouterr().out
 
 
@@ -114,22 +114,34 @@ def test_a_disk_without_links_has_locks_too(tmp_path, monkeypatch, code):
 
     monkeypatch.setattr(os, "link", link)
     with locks.held(tmp_path, "first"):
-        assert json.loads((tmp_path / locks.NAME).read_text())["process"] == os.getpid()
+        assert json.loads((tmp_path / owners.NAME).read_text())["process"] == os.getpid()
         with pytest.raises(owners.Held), locks.held(tmp_path, "second"):
             pass
     assert not any(tmp_path.iterdir())
 
 
+def test_a_host_of_the_same_name_is_another_one_where_it_was_started_at_another_time(
+    tmp_path, monkeypatch
+):
+    """A pod that was put onto another node."""
+    monkeypatch.setattr(owners, "HEARTBEAT", 0.01)
+    with locks.held(tmp_path, "first"):
+        monkeypatch.setattr(owners, "_boot", lambda: "another")
+        monkeypatch.setattr(owners, "STALE", 0.5)
+        with pytest.raises(owners.Held), locks.held(tmp_path, "second"):
+            pass
+
+
 def test_a_process_number_that_is_used_again_is_another_process(tmp_path):
     lock = {"host": socket.gethostname(), "process": os.getpid(), "born": "1"}
-    (tmp_path / locks.NAME).write_text(json.dumps(lock))
+    (tmp_path / owners.NAME).write_text(json.dumps(lock))
     with locks.held(tmp_path, "second"):
         pass
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"host": 3}'])
 def test_a_lock_that_says_nothing_is_stale_at_the_latest_after_a_while(tmp_path, text):
-    path = tmp_path / locks.NAME
+    path = tmp_path / owners.NAME
     path.write_text(text)
     os.utime(path, (time.time() - owners.STALE - 60,) * 2)
     with locks.held(tmp_path, "second"):
@@ -139,7 +151,7 @@ def test_a_lock_that_says_nothing_is_stale_at_the_latest_after_a_while(tmp_path,
 def test_the_heartbeat_goes_on_while_the_lock_is_held(tmp_path, monkeypatch):
     monkeypatch.setattr(owners, "HEARTBEAT", 0.01)
     with locks.held(tmp_path, "run"):
-        path = tmp_path / locks.NAME
+        path = tmp_path / owners.NAME
         os.utime(path, (0, 0))
         for _ in range(500):
             if path.stat().st_mtime > 0:
@@ -159,11 +171,11 @@ def test_what_a_run_left_that_was_killed_while_it_took_the_lock_goes(tmp_path):
     ended.wait()
     host = socket.gethostname()
     for process in (ended.pid, f"{ended.pid}-stale", os.getppid()):
-        (tmp_path / f"{locks.NAME}-{host}-{process}").touch()
-    (tmp_path / f"{locks.NAME}-elsewhere-1").touch()
+        (tmp_path / f"{owners.NAME}-{host}-{process}").touch()
+    (tmp_path / f"{owners.NAME}-elsewhere-1").touch()
     with locks.held(tmp_path, "run"):
         pass
     assert {path.name for path in tmp_path.iterdir()} == {
-        f"{locks.NAME}-{host}-{os.getppid()}",  # at it right now
-        f"{locks.NAME}-elsewhere-1",  # who knows
+        f"{owners.NAME}-{host}-{os.getppid()}",  # at it right now
+        f"{owners.NAME}-elsewhere-1",  # who knows
     }

@@ -193,6 +193,12 @@ def test_a_signal_saves_and_stops(trained):
     assert signal.getsignal(signal.SIGTERM) == handler
 
 
+def test_a_signal_in_the_last_validation_interrupts_too(trained):
+    make, step = trained
+    with pytest.raises(train.Interrupted, match="after step 2; it is saved"):
+        fit(make(), step, 0, 2, validate=lambda state: os.kill(os.getpid(), signal.SIGTERM))
+
+
 def test_a_signal_in_a_validation_finds_the_step_saved_and_it_is_validated_first(trained):
     make, step = trained
     events: list[tuple[str, int]] = []

@@ -13,7 +13,7 @@ import dataclasses
 import functools
 import math
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from typing import NamedTuple, Protocol
 
 import grain
@@ -199,7 +199,7 @@ def stream(
     num_steps: int,
     normalize: bool,
     parts: tuple[Sequence[int], int] = ((0,), 1),
-) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
+) -> Generator[tuple[int, dict[str, np.ndarray]], None, None]:
     """Yields (step, what `load` gives) for the steps from `first_step` up to `num_steps`.
 
     Batches are loaded ahead. `parts` = (held, count): of `count` equal runs of a batch's rows, this

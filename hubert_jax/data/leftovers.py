@@ -61,6 +61,12 @@ def folder() -> str:
     return tempfile.mkdtemp(prefix=f"hubert_jax-{owner()}-")
 
 
+def remove_folders() -> None:
+    """The temporary folders of this process, which ends without tidying up."""
+    for path in pathlib.Path(tempfile.gettempdir()).glob(f"hubert_jax-{owner()}-*"):
+        _remove(path)
+
+
 def _namespace() -> str:
     """Of process numbers: containers may share what is swept, and count apart."""
     try:

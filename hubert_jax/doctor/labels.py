@@ -91,25 +91,27 @@ def copying(folder: epath.Path, config) -> float | None:
     """The masked accuracy of copying the code of the nearest visible frame, on labels of training.
 
     Of windows of batch.min_seconds, masked as training masks. Needs no model: one that has learnt
-    more than that codes last is above it. None without labels of whole windows.
+    more than that codes last is above it. None without labels of whole windows, and where others
+    are trained on.
     """
+    own = (config.iteration,), (str(folder / "labels"),)
+    if tuple(config.train.labels) not in own:
+        return None
     try:
         store = arrays.Store(folder / "labels" / "train")
         rate = int(store.card["rate"])
-    except (ValueError, OSError, KeyError, TypeError):  # of_iteration says what is wrong with them
+        length = round(config.batch.min_seconds * frames.FRAME_RATE)
+        places = frames.label_positions(length, first_frame=0, label_rate=rate)
+        every = max(1, len(store.ids) // NUM_WINDOWS)
+        codes = [store[id_] for id_ in store.ids[::every]]
+        windows = [codes_T[places] for codes_T in codes if len(codes_T) > places[-1]]
+        mask_NT = masking.span_mask(
+            jax.random.key(0), len(windows), length,
+            prob=config.model.mask_prob, length=config.model.mask_length,
+        )  # fmt: skip
+    except (ValueError, OSError, KeyError, TypeError, IndexError):  # said by of_iteration, of_plan
         return None
-    length = round(config.batch.min_seconds * frames.FRAME_RATE)
-    places = frames.label_positions(length, first_frame=0, label_rate=rate)
-    every = max(1, len(store.ids) // NUM_WINDOWS)
-    codes = (store[id_] for id_ in store.ids[::every])
-    windows = [codes_T[places] for codes_T in codes if len(codes_T) > places[-1]]
-    if not windows:
-        return None
-    mask_NT = masking.span_mask(
-        jax.random.key(0), len(windows), length,
-        prob=config.model.mask_prob, length=config.model.mask_length,
-    )  # fmt: skip
-    return accuracy_of_copying(np.stack(windows), np.asarray(mask_NT))
+    return accuracy_of_copying(np.stack(windows), np.asarray(mask_NT)) if windows else None
 
 
 def accuracy_of_copying(codes_NT: np.ndarray, mask_NT: np.ndarray) -> float:

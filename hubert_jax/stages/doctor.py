@@ -22,7 +22,7 @@ from hubert_jax import config_files, heads, locks, logs, sharding
 from hubert_jax.data import cards, places
 from hubert_jax.data.corpus import Corpus
 from hubert_jax.doctor import curves, data, disk, labels, plan
-from hubert_jax.doctor.findings import Finding, as_text, graded, ok, stop, worst
+from hubert_jax.doctor.findings import Finding, as_text, graded, look, ok, stop, worst
 from hubert_jax.ops import frames, mfcc
 
 
@@ -96,7 +96,10 @@ def of_versions() -> list[Finding]:
 
 
 def of_lock(workdir: epath.Path) -> Finding:
-    owner = locks.owner_of(workdir)
+    try:
+        owner = locks.owner_of(workdir)
+    except OSError as error:
+        return look("work directory", str(error), "a run there would end with the same error")
     if owner is None:
         return ok("work directory", f"{workdir}; nobody is at work in it")
     where = f"process {owner['process']} on {owner['host']} since {owner['since']}"

@@ -7,10 +7,11 @@ and WORK/<iteration>/logs. Started again, it goes on from the newest checkpoint,
 B batch, S samples, T frames, G label sets (clusterings)
 """
 
+import contextlib
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from typing import Any
 
 import jax
@@ -139,14 +140,17 @@ def _pretrain(
         ),
     }  # fmt: skip
 
-    def stream(split: str, first_step: int, num_steps: int) -> Iterator[tuple[int, Any]]:
+    def stream(
+        split: str, first_step: int, num_steps: int
+    ) -> Generator[tuple[int, Any], None, None]:
         loaded = batches.stream(
             corpus.split(split), labels[split], plans[split], batch_config,
             first_step=first_step, num_steps=num_steps, normalize=model_config.normalize_audio,
             parts=sharding.batch_parts(mesh),
         )  # fmt: skip
-        for step, batch in loaded:
-            yield step, sharding.put_batch(mesh, batch)
+        with contextlib.closing(loaded):
+            for step, batch in loaded:
+                yield step, sharding.put_batch(mesh, batch)
 
     loss = functools.partial(
         pretraining.loss, config=pretraining.LossConfig(**config.loss), num_steps=settings.num_steps
@@ -169,6 +173,7 @@ def _pretrain(
             is_kept=processes.is_first(),
         ) as metrics,
         logs.Progress(title, settings.num_steps, "steps", done=first_step) as progress,
+        contextlib.closing(stream("train", first_step, settings.num_steps)) as loaded,
     ):
         watching = watch.Watch(
             title,
@@ -200,7 +205,7 @@ def _pretrain(
             stopping.interruptible(
                 train.make_step(loss, optimizer, accumulate=settings.accumulate)
             ),
-            stream("train", first_step, settings.num_steps),
+            loaded,
             key=jax.random.fold_in(key, FOR_TRAINING),
             num_steps=settings.num_steps,
             report=report,
@@ -215,15 +220,18 @@ def _pretrain(
 
 
 def _lacks_validation(settings: TrainConfig, step: int, folder: epath.Path) -> bool:
-    """Whether the validation after `step` was stopped; where no metrics are kept, none was."""
+    """Whether the metrics that are kept lack the validation after `step`: it was stopped."""
     is_due = train.is_validated_after(
         step, every=settings.validate_every, num_steps=settings.num_steps
     )
     path = folder / "logs" / "metrics.jsonl"
-    lines = logs.read_metrics(path) if step and is_due and path.exists() else None
-    lacks = lines is not None and not any(
-        line["step"] == step and "validation/masked_loss" in line for line in lines
-    )
+    lacks = False
+    if step and is_due and path.exists():
+        try:
+            lines = logs.read_metrics(path)
+        except ValueError:  # said where training goes on, which writes there
+            lines = [{"step": step, "validation/masked_loss": math.nan}]
+        lacks = not any(line["step"] == step and "validation/masked_loss" in line for line in lines)
     return not processes.agree([lacks]) or lacks
 
 
@@ -238,7 +246,7 @@ def newest(saved: checkpoints.Checkpoints) -> str:
     return "no checkpoint was saved yet" if step is None else str(saved.folder / str(step))
 
 
-def validation(stream: Callable[[], Iterator[tuple[int, Any]]], *, key):
+def validation(stream: Callable[[], Generator[tuple[int, Any], None, None]], *, key):
     """A function from a model to its means on `stream()`: the same crops and masks every time.
 
     It heeds signals between batches (raises stopping.Stop).
@@ -248,10 +256,11 @@ def validation(stream: Callable[[], Iterator[tuple[int, Any]]], *, key):
 
     def validate(model: Hubert) -> dict[str, float]:
         found: list[Any] = []
-        for n, batch in stream():
-            jax.block_until_ready(found[-2:-1])  # two at a time, not all that is left
-            stopping.heed()
-            found.append(evaluate(model, batch, jax.random.fold_in(key, n)))
+        with contextlib.closing(stream()) as loaded:
+            for n, batch in loaded:
+                jax.block_until_ready(found[-2:-1])  # two at a time, not all that is left
+                stopping.heed()
+                found.append(evaluate(model, batch, jax.random.fold_in(key, n)))
         sums, usages = zip(*jax.device_get(found), strict=True)
         return train.means(train.sum_metrics(list(sums))) | watch.usage(list(usages))
 

@@ -164,7 +164,12 @@ def terminate_compiling(project: Project, seconds: float) -> tuple[list[str], fl
     while not metrics.exists() and run.process.poll() is None:
         time.sleep(0.002)
     time.sleep(seconds)
-    return _terminated(project, "pretrain", run, f"SIGTERM, compiling, after {seconds:.2f} s")
+    lost, took, code = _terminated(
+        project, "pretrain", run, f"SIGTERM, compiling, after {seconds:.2f} s"
+    )
+    if code not in (0, 130):
+        lost.append(f"code {code}: not heeded")
+    return lost, took, code
 
 
 def _terminated(
