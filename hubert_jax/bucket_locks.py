@@ -116,7 +116,7 @@ def _take(bucket: Bucket, mine: owners.Owner) -> bytes:
             alive = owners.is_alive(owner, age=_age(owner))
             if alive if owners.is_here(owner) else _is_heard(bucket, owner, generation):
                 lock = f"{bucket.url.rstrip('/')}/{owners.NAME}"
-                raise owners.Held(bucket.url, owner, lock)
+                raise owners.Held(bucket.url, bucket.read()[0] or owner, lock)
             logs.info(f"{bucket.url}: its lock is of {owners.name(owner)}, which is gone")
         taken = bucket.write(mine, replaces=generation)
         if taken:
@@ -133,9 +133,10 @@ def _is_heard(bucket: Bucket, owner: owners.Owner, generation: bytes) -> bool:
     deadline = time.monotonic() + left
     while time.monotonic() < deadline:
         time.sleep(min(5.0, owners.HEARTBEAT))
-        found, newest = bucket.read()
-        if newest != generation:
-            return found is not None  # None: it has ended, and the lock with it
+        with contextlib.suppress(OSError):  # the next look may get an answer
+            found, newest = bucket.read()
+            if newest != generation:
+                return found is not None  # None: it has ended, and the lock with it
     return False
 
 

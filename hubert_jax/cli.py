@@ -70,9 +70,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     except KeyboardInterrupt as error:
         reason = str(error) or "interrupted"
         print(f"\nhubert {stage}: {reason}. To go on:\n  {go_on}", file=sys.stderr)
+        train = sys.modules.get("hubert_jax.train")
         imported = sys.modules.get("hubert_jax.processes")
         if imported is not None and hasattr(imported, "leave"):  # else that was interrupted
-            imported.leave(130, together=True)
+            imported.leave(130, together=isinstance(error, getattr(train, "Interrupted", ())))
         sys.exit(130)
     except (ValueError, OSError, ImportError) as error:  # for people to mend, the rest is ours
         from hubert_jax import processes
@@ -149,12 +150,12 @@ def run_config_stage(stage: str, argv: list[str]) -> None:
     join(args)
     from etils import epath
 
-    from hubert_jax import processes
+    from hubert_jax import owners, processes
 
     workdir = epath.Path(args.workdir)
     module = importlib.import_module(module_name(stage))
     with one_at_a_time(stage, workdir):
-        processes.wait("lock")
+        processes.wait_long("lock", seconds=2 * owners.STALE)
         if stage == "run":
             get = config_files.configured
             module.run(lambda name: get(parser, f"{path}:{name}", overrides), workdir)

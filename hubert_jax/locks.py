@@ -65,7 +65,7 @@ def _take(path: pathlib.Path, mine: owners.Owner) -> None:
             if owners.is_alive(owner, age=age) and (
                 owners.is_here(owner) or _is_heard(path, owner, age)
             ):
-                raise owners.Held(path.parent, owner, path)
+                raise owners.Held(path.parent, _read(path) or owner, path)
             logs.info(f"{path}: of {owners.name(owner)}, which is gone; taken over")
             # Moved away first: of two that take over, one finds it gone and looks again.
             with contextlib.suppress(FileNotFoundError):

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Who holds the lock of a work directory, and whether that process is still at work.
 
-{"host", "boot": an id of the host since it was started, "process",
+{"host", "system": its start and its namespace of process numbers, "process",
  "born": of the process, in clock ticks since the boot, "since", "command"}
 """
 
@@ -33,7 +33,7 @@ class Held(ValueError):
 def this(command: str) -> Owner:
     """This process, at `command`."""
     return {
-        "host": socket.gethostname(), "boot": _boot(),
+        "host": socket.gethostname(), "system": _system(),
         "process": os.getpid(), "born": _born(os.getpid()),
         "since": time.strftime("%Y-%m-%d %H:%M:%S"), "command": command,
     }  # fmt: skip
@@ -53,12 +53,13 @@ def parse(text: str | bytes) -> Owner:
 
 
 def is_here(owner: Owner) -> bool:
-    """Whether the owner is a process of this host, so that a look at it tells.
+    """Whether the owner is a process that can be seen from here, so that a look at it tells.
 
-    Of two pods that have one name in turn, the second may be on another node.
+    Of two pods that have one name in turn, the second may be on another node; two containers with
+    the host's network have its name, and their own process numbers.
     """
     is_named_so = owner.get("host") == socket.gethostname()
-    return is_named_so and owner.get("boot", _boot()) == _boot()  # 0.3.0 wrote none at first
+    return is_named_so and owner.get("system", _system()) == _system()  # older locks have none
 
 
 def is_alive(owner: Owner, *, age: float) -> bool:
@@ -72,9 +73,10 @@ def exists(process: int) -> bool:
     return _born(process) is not None
 
 
-def _boot() -> str | None:
+def _system() -> str | None:
     try:
-        return pathlib.Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        boot = pathlib.Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{boot} {os.readlink('/proc/self/ns/pid')}"
     except OSError:  # not Linux
         return None
 

@@ -21,6 +21,7 @@ from typing import NamedTuple, NoReturn
 
 import jax
 import numpy as np
+from jax._src import distributed
 from jax.experimental import multihost_utils
 
 from hubert_jax.data import leftovers
@@ -135,6 +136,17 @@ def wait(what: str) -> None:
         multihost_utils.sync_global_devices(what)
 
 
+def wait_long(what: str, *, seconds: float) -> None:
+    """As `wait`, where one process may take minutes: asks the coordinator, and no device.
+
+    Collectives of devices give up sooner (gloo after 30 s). jax has no public way to ask.
+    """
+    if this()[1] > 1:
+        client = distributed.global_state.client
+        assert client is not None
+        client.wait_at_barrier(f"hubert_jax {what}", int(1000 * seconds))
+
+
 def agree(numbers: Sequence[int]) -> bool:
     """Whether every process came with these, of which there are less than eight; it waits."""
     if this()[1] == 1:
@@ -145,7 +157,7 @@ def agree(numbers: Sequence[int]) -> bool:
     return bool((everyones == padded).all())
 
 
-works: list[concurrent.futures.Future] = []  # of threads, perhaps not waited for any longer
+unfinished: list[concurrent.futures.Future] = []  # of threads, perhaps not waited for any longer
 
 
 def leave(code: int, *, together: bool) -> NoReturn:
@@ -153,7 +165,7 @@ def leave(code: int, *, together: bool) -> NoReturn:
 
     That is a thread still at work, and the other processes of one that failed (not `together`).
     """
-    if all(work.done() for work in works) and (together or this()[1] == 1):
+    if all(work.done() for work in unfinished) and (together or this()[1] == 1):
         sys.exit(code)
     try:
         if together and jax.distributed.is_initialized():

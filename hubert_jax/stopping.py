@@ -23,8 +23,8 @@ from jax.experimental import multihost_utils
 from hubert_jax import processes
 
 # Of heed, while something is compiled; several processes use their devices to agree, on which XLA
-# may be timing kernels.
-SECONDS_BETWEEN_CALLS, SECONDS_OF_SEVERAL = 0.5, 5.0
+# may be timing kernels: seldom, then.
+SECONDS_BETWEEN_CALLS, SECONDS_OF_SEVERAL_PROCESSES = 0.5, 5.0
 
 
 class Stop(Exception):
@@ -37,8 +37,15 @@ _calls = itertools.count(1)  # of heed, the same in all processes
 
 @contextlib.contextmanager
 def listening() -> Iterator[None]:
-    """Within, signals are noted, for `heed`. Raises Stop at the end where one was not heeded."""
+    """Within, signals are noted, for `heed`; where somebody is listening already, that is all.
+
+    Raises Stop at the end where a signal was not heeded. Several processes, of which jax notes the
+    signals, heed it when one of them listens again.
+    """
     global _received
+    if _received is not None:
+        yield
+        return
     several = processes.this()[1] > 1
     numbers = [signal.SIGINT] if several else [signal.SIGINT, signal.SIGTERM]
     previous = {number: signal.getsignal(number) for number in numbers}
@@ -99,16 +106,16 @@ def _heeding(work: Callable[[], Any]) -> None:
         with contextlib.nullcontext() if mesh.empty else jax.set_mesh(mesh):
             work()
 
-    seconds = SECONDS_OF_SEVERAL if processes.this()[1] > 1 else SECONDS_BETWEEN_CALLS
+    seconds = SECONDS_OF_SEVERAL_PROCESSES if processes.this()[1] > 1 else SECONDS_BETWEEN_CALLS
     pool = concurrent.futures.ThreadPoolExecutor(1)
     done = pool.submit(on_mesh)
     pool.shutdown(wait=False)
-    processes.works.append(done)
+    processes.unfinished.append(done)
     while True:
         concurrent.futures.wait([done], timeout=seconds)
         is_done = done.done()
         heed()
         if processes.agree([is_done]) and is_done:
-            processes.works.remove(done)
+            processes.unfinished.remove(done)
             done.result()
             return

@@ -35,6 +35,7 @@ def server():
 @pytest.fixture
 def objects(server):
     server.clear()
+    gcs.Handler.lose_answers = 0
     return server
 
 

@@ -126,8 +126,8 @@ def test_a_host_of_the_same_name_is_another_one_where_it_was_started_at_another_
     """A pod that was put onto another node."""
     monkeypatch.setattr(owners, "HEARTBEAT", 0.01)
     with locks.held(tmp_path, "first"):
-        monkeypatch.setattr(owners, "_boot", lambda: "another")
-        monkeypatch.setattr(owners, "STALE", 0.5)
+        monkeypatch.setattr(owners, "_system", lambda: "another")
+        monkeypatch.setattr(owners, "STALE", 30.0)
         with pytest.raises(owners.Held), locks.held(tmp_path, "second"):
             pass
 

@@ -5,7 +5,6 @@ What is read from a bucket by memory map, by array_record or by numpy is copied 
 temporary folder first, once per process; what is written goes there first and is uploaded whole.
 """
 
-import atexit
 import functools
 import hashlib
 import os
@@ -64,6 +63,4 @@ def upload(source: epath.PathLike, path: epath.PathLike) -> None:
 @functools.cache
 def _copies() -> str:
     """The folder of this process' copies; it goes when the process ends."""
-    folder = leftovers.folder()
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    return folder
+    return leftovers.folder()

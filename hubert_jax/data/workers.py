@@ -35,7 +35,7 @@ def run(
     tasks = list(tasks)
     if num_workers == 0 or not tasks:
         return [function(*task, report=report) for task in tasks]
-    leftovers.mark()
+    leftovers.sign()
     context = multiprocessing.get_context("spawn")
     queue, stop = context.SimpleQueue(), context.Event()
     with concurrent.futures.ProcessPoolExecutor(
@@ -91,7 +91,7 @@ def _start_worker(queue, stop) -> None:
 @contextlib.contextmanager
 def shielded() -> Iterator[None]:
     """Loaders that are started within get SIGINT and SIGTERM once they `serve`, and not before."""
-    leftovers.mark()
+    leftovers.sign()
     resource_tracker.ensure_running()  # when it starts, it lets these signals through again
     before = signal.pthread_sigmask(signal.SIG_BLOCK, SHIELDED)
     try:
@@ -105,7 +105,7 @@ def serve(index: int, count: int) -> None:
 
     They come to all processes, from a terminal or from SLURM, and that one has a step to finish.
     """
-    leftovers.mark()
+    leftovers.sign()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: _end_later())
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SHIELDED)

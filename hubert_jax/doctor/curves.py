@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 from hubert_jax import watch
 from hubert_jax.doctor.findings import Finding, graded, ok
+from hubert_jax.doctor.labels import Guesses
 
 TOLERANCE = 0.1  # of ln K, by which a loss may differ from the curve of the same recipe
 RISE = 0.1  # of the lowest loss, by which a loss may have risen again
@@ -69,10 +70,10 @@ def recipe(config) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def expected(config, copied: float | None) -> Finding:
+def expected(config, guesses: Guesses | None) -> Finding:
     """What the loss and the accuracy of a run to come should be.
 
-    `copied` is the accuracy of copying (labels.copying), None where there are no labels yet.
+    `guesses` are what needs no model (labels.guesses), None where there are no labels yet.
     """
     start = math.log(config.kmeans.num_codes)
     words = f"masked loss from ln K = {start:.2f} down"
@@ -91,9 +92,9 @@ def expected(config, copied: float | None) -> Finding:
             if all(near.recipe[field] == recipe(config)[field] for field in ("kind", "num_codes")):
                 words += f"; base had an accuracy of {near.points[-1][2]:.3f} with as many codes of"
                 words += f" the same kind ({near.source})"
-    if copied is not None:
-        words += f"; copying the nearest visible code gives an accuracy of {copied:.3f} on these"
-        words += " labels, and a model should end above that"
+    if guesses is not None:
+        words += "; copying the nearest visible code gives an accuracy of"
+        words += f" {guesses.copying:.3f} on these labels, and a model should end above that"
     return ok(f"curve {config.iteration}: expected", words)
 
 
@@ -107,9 +108,9 @@ def _theirs(config) -> Reported | None:
 
 
 def of_metrics(
-    config, lines: Sequence[Mapping[str, float]], num_codes: int, copied: float | None
+    config, lines: Sequence[Mapping[str, float]], num_codes: int, guesses: Guesses | None
 ) -> list[Finding]:
-    """Findings of the metrics of one iteration's training, as far as it is; `copied` as above."""
+    """Findings of the metrics of one iteration's training, as far as it is; `guesses` as above."""
     title = f"curve {config.iteration}"
     rows = [line for line in lines if "train/masked_loss" in line]
     if not rows:
@@ -144,7 +145,7 @@ def of_metrics(
             " tone? Listen to it, and look at the labels",
             is_look=accuracy > TOO_GOOD,
         ),
-        *_copying(config, step, accuracy, copied),
+        *_beside_guesses(config, last, guesses),
         graded(
             f"{title}: one code",
             f"perplexity of predictions {last['train/predicted_perplexity']:.1f}, of labels"
@@ -156,14 +157,6 @@ def of_metrics(
             <= watch.ONE_CODE
             < last["train/label_perplexity"] / 2,
         ),
-        graded(
-            f"{title}: frequencies",
-            f"masked loss {loss:.2f}; to know how frequent codes are and nothing else gives"
-            f" {_of_frequencies(last):.2f}",
-            "past the warm-up it has learnt less than that: lower or raise optim.peak_lr; do the"
-            " labels belong to the audio?",
-            is_look=step > 2 * warm and loss > _of_frequencies(last),
-        ),
         *_features(title, lines, warm),
         _waiting(title, whole[1:] or whole, config.train.report_every),
         _beside(title, config, last, num_codes),
@@ -171,23 +164,29 @@ def of_metrics(
     return found
 
 
-def _of_frequencies(row: Mapping[str, float]) -> float:
-    """The loss of predicting every code as often as it occurs: the entropy of the labels."""
-    return math.log(row["train/label_perplexity"])
-
-
-def _copying(config, step: int, accuracy: float, copied: float | None) -> list[Finding]:
-    if copied is None:
+def _beside_guesses(config, last: Mapping[str, float], guesses: Guesses | None) -> list[Finding]:
+    if guesses is None:
         return []
+    title, step = f"curve {config.iteration}", int(last["step"])
+    accuracy, loss = last["train/masked_accuracy"], last["train/masked_loss"]
     return [
         graded(
-            f"curve {config.iteration}: copying",
+            f"{title}: copying",
             f"{accuracy:.3f} of the masked frames at step {step}; copying the nearest visible code"
-            f" gives {copied:.3f}",
+            f" gives {guesses.copying:.3f}",
             "nearly at its end it has learnt no more than that codes last a while: too few steps,"
             " or optim.peak_lr too low or too high; do the labels belong to the audio?",
-            is_look=step >= NEARLY * config.train.num_steps and accuracy < MUCH_LESS * copied,
-        )
+            is_look=step >= NEARLY * config.train.num_steps
+            and accuracy < MUCH_LESS * guesses.copying,
+        ),
+        graded(
+            f"{title}: frequencies",
+            f"masked loss {loss:.2f}; to know how frequent codes are and nothing else gives"
+            f" {guesses.entropy:.2f}",
+            "past the warm-up it has learnt less than that: lower or raise optim.peak_lr; do the"
+            " labels belong to the audio?",
+            is_look=step > 2 * config.optim.warmup_steps and loss > guesses.entropy,
+        ),
     ]
 
 

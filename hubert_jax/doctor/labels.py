@@ -87,31 +87,41 @@ def gather(folder: epath.Path, corpus: Corpus, codebook: epath.Path) -> LabelFac
     return LabelFacts(folder.name, int(store.card["rate"]), counts_C, num_runs)
 
 
-def copying(folder: epath.Path, config) -> float | None:
-    """The masked accuracy of copying the code of the nearest visible frame, on labels of training.
+class Guesses(NamedTuple):
+    """What is reached without any model, on the labels that are trained on."""
 
-    Of windows of batch.min_seconds, masked as training masks. Needs no model: one that has learnt
-    more than that codes last is above it. None without labels of whole windows, and where others
-    are trained on.
+    copying: float  # masked accuracy: a masked frame has the code of the nearest visible one
+    entropy: float  # loss in nats: every code is as likely as it is frequent
+
+
+def guesses(folder: epath.Path, config) -> Guesses | None:
+    """Of windows of batch.min_seconds, masked as training masks.
+
+    None without labels of whole windows, and where others than the iteration's are trained on.
     """
-    own = (config.iteration,), (str(folder / "labels"),)
-    if tuple(config.train.labels) not in own:
+    if tuple(config.train.labels) not in ((config.iteration,), (str(folder / "labels"),)):
         return None
     try:
         store = arrays.Store(folder / "labels" / "train")
         rate = int(store.card["rate"])
-        length = round(config.batch.min_seconds * frames.FRAME_RATE)
-        places = frames.label_positions(length, first_frame=0, label_rate=rate)
-        every = max(1, len(store.ids) // NUM_WINDOWS)
-        codes = [store[id_] for id_ in store.ids[::every]]
-        windows = [codes_T[places] for codes_T in codes if len(codes_T) > places[-1]]
+        codes = [store[id_] for id_ in store.ids[:: max(1, len(store.ids) // NUM_WINDOWS)]]
+    except (ValueError, OSError, KeyError, TypeError):  # of_iteration says what is wrong
+        return None
+    length = round(config.batch.min_seconds * frames.FRAME_RATE)
+    places = frames.label_positions(length, first_frame=0, label_rate=rate)
+    windows = [codes_T[places] for codes_T in codes if length and len(codes_T) > places[-1]]
+    if not windows:
+        return None
+    codes_NT = np.stack(windows)
+    try:
         mask_NT = masking.span_mask(
-            jax.random.key(0), len(windows), length,
+            jax.random.key(0), *codes_NT.shape,
             prob=config.model.mask_prob, length=config.model.mask_length,
         )  # fmt: skip
-    except (ValueError, OSError, KeyError, TypeError, IndexError):  # said by of_iteration, of_plan
+    except ValueError:  # too short for a mask: training says so too
         return None
-    return accuracy_of_copying(np.stack(windows), np.asarray(mask_NT)) if windows else None
+    perplexity = scores.perplexity(np.bincount(np.concatenate(codes)))
+    return Guesses(accuracy_of_copying(codes_NT, np.asarray(mask_NT)), math.log(perplexity))
 
 
 def accuracy_of_copying(codes_NT: np.ndarray, mask_NT: np.ndarray) -> float:

@@ -18,7 +18,7 @@ import jax
 import numpy as np
 from etils import epath
 
-from hubert_jax import config_files, heads, locks, logs, sharding
+from hubert_jax import config_files, heads, locks, logs, owners, sharding
 from hubert_jax.data import cards, places
 from hubert_jax.data.corpus import Corpus
 from hubert_jax.doctor import curves, data, disk, labels, plan
@@ -80,11 +80,11 @@ def examine(configs: Sequence, workdir: epath.Path) -> list[Finding]:
         elif config.train.num_steps:
             found += plan.of_optimiser(config)
         if config.train.num_steps:
-            copied = labels.copying(folder, config)
+            guesses = labels.guesses(folder, config)
             found += [
                 plan.of_memory(config, plan.size_of(config, parameters), machine),
-                curves.expected(config, copied),
-                *of_training(config, folder, copied),
+                curves.expected(config, guesses),
+                *of_training(config, folder, guesses),
             ]
     is_whole = num_samples is not None
     return found + disk.of_disk(needed, free_bytes(workdir), is_whole=is_whole)
@@ -102,8 +102,8 @@ def of_lock(workdir: epath.Path) -> Finding:
         return look("work directory", str(error), "a run there would end with the same error")
     if owner is None:
         return ok("work directory", f"{workdir}; nobody is at work in it")
-    where = f"process {owner['process']} on {owner['host']} since {owner['since']}"
-    return ok("work directory", f"{workdir}; {owner['command']} is at work in it, {where}")
+    where = f"{owners.name(owner)} since {owner.get('since')}"
+    return ok("work directory", f"{workdir}; {owner.get('command')} is at work in it, {where}")
 
 
 def of_devices(config) -> tuple[plan.Machine, list[Finding]]:
@@ -174,10 +174,10 @@ def free_bytes(workdir: epath.Path) -> int | None:
     return shutil.disk_usage(folder).free
 
 
-def of_training(config, folder: epath.Path, copied: float | None) -> list[Finding]:
+def of_training(config, folder: epath.Path, guesses: labels.Guesses | None) -> list[Finding]:
     """Of the loss so far, and of versions that have changed since training began.
 
-    `copied` is the accuracy of copying, for curves.of_metrics.
+    `guesses` are for curves.of_metrics.
     """
     path, card = folder / "logs" / "metrics.jsonl", folder / "checkpoints" / "card.json"
     found: list[Finding] = []
@@ -198,5 +198,7 @@ def of_training(config, folder: epath.Path, copied: float | None) -> list[Findin
             )
         )
     if path.exists():
-        found += curves.of_metrics(config, logs.read_metrics(path), config.kmeans.num_codes, copied)
+        found += curves.of_metrics(
+            config, logs.read_metrics(path), config.kmeans.num_codes, guesses
+        )
     return found

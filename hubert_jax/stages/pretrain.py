@@ -11,7 +11,7 @@ import contextlib
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterator
 from typing import Any
 
 import jax
@@ -87,10 +87,20 @@ def run(config: ConfigDict, workdir: epath.Path) -> None:
                 logs.info(f"{folder}: done before, {settings.num_steps} steps")
                 return
         mesh = sharding.make_mesh(**config.mesh)
-        with jax.set_mesh(mesh):
+        with jax.set_mesh(mesh), _interruptible(settings):
             _pretrain(config, mesh, corpus, labels, num_codes, saved, card, workdir, validate_first)
     finally:
         saved.close()
+
+
+@contextlib.contextmanager
+def _interruptible(settings: TrainConfig) -> Iterator[None]:
+    """A signal after the last step is heeded when the last checkpoint is written, not before."""
+    try:
+        yield
+    except stopping.Stop as stop:
+        step = settings.num_steps
+        raise train.Interrupted(f"stopped by {stop} after step {step}; it is saved") from None
 
 
 def _pretrain(
@@ -167,6 +177,7 @@ def _pretrain(
 
     title = f"pretrain {config.iteration}"
     with (
+        stopping.listening(),
         logs.metrics(
             workdir / config.iteration / "logs",
             resume_from=first_step,
@@ -217,6 +228,7 @@ def _pretrain(
             watch=watching.step,
             validate_first=validate_first,
         )
+        saved.wait()
 
 
 def _lacks_validation(settings: TrainConfig, step: int, folder: epath.Path) -> bool:

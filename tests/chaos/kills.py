@@ -97,11 +97,20 @@ def whole_shards(work: pathlib.Path) -> set[tuple[int, int]]:
 
 
 def litter(project: Project) -> list[str]:
-    """What is left in the folder for temporary files, and of shared memory by processes gone."""
+    """What is left in the folder for temporary files, and in shared memory since the trial began.
+
+    There it is what carries the mark of a process that is gone, or was made without any mark.
+    """
     folder = project.base / "temporary"
-    paths = [*folder.iterdir(), *leftovers.of_the_gone(leftovers.SHARED)]
+    shared = {*leftovers.in_shared_memory(), *unmarked()} - project.shared_before
+    paths = [*folder.iterdir(), *shared]
     clear(folder)
     return [f"{path} left over" for path in sorted(paths)]
+
+
+def unmarked() -> list[pathlib.Path]:
+    """Shared memory and semaphores as Python names them."""
+    return [*leftovers.SHARED.glob("psm_*"), *leftovers.SHARED.glob("sem.mp-*")]
 
 
 def loaders(project: Project, number: int, delay: float) -> list[str]:
@@ -126,6 +135,8 @@ def loaders(project: Project, number: int, delay: float) -> list[str]:
     if is_group(run.process.pid):
         faults.append(f"processes are left {GRACE_SECONDS} s after")
         run.kill()
+    if number < 0 and ran.code and not leftovers.in_shared_memory():
+        faults.append("nothing of the loaders was left: this trial shows nothing")
     newest, resumed = newest_step(project.work), []
     again = project.run("pretrain")
     if again.code:

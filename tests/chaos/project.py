@@ -17,6 +17,7 @@ import sys
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from hubert_jax.data import leftovers
 from tests import tones
 
 LAUNCHER = pathlib.Path(__file__).with_name("launcher.py")
@@ -66,6 +67,7 @@ class Project:
             name: x for name, x in commands(base).items() if name in stages or not stages
         }
         self.changes: dict[str, list[Change]] = {}
+        self.shared_before: set[pathlib.Path] = set()  # what others have in shared memory
         cache = os.environ.get("JAX_COMPILATION_CACHE_DIR") or str(base / "programs")
         (base / "temporary").mkdir(parents=True, exist_ok=True)
         self.environment = {
@@ -105,6 +107,7 @@ class Project:
         """The work directory as it was before the stage. The folder itself may be a mount."""
         clear(self.work)
         shutil.copytree(self.base / "before" / stage, self.work, dirs_exist_ok=True)
+        self.shared_before = set(leftovers.SHARED.glob("*"))
 
     def draw(self, stage: str, way: str, rng: random.Random) -> str:
         """A moment of a stage, as the launcher takes it; `way` is one of WAYS."""

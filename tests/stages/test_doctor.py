@@ -258,7 +258,7 @@ def test_what_a_disk_has_to_hold():
     assert kept == 10 * 12 * (2 + 1 + 2)
 
 
-COPIED_IN_DEMO = 0.226  # of it1's labels, by labels.copying
+IN_DEMO = labels.Guesses(copying=0.226, entropy=4.37)  # of it1's labels
 
 
 def test_a_run_of_our_own_recipe_is_held_against_our_curve():
@@ -271,10 +271,10 @@ def test_a_run_of_our_own_recipe_is_held_against_our_curve():
         for step, loss, accuracy in curve_of_it1["points"]
     ]  # fmt: skip
     for until in range(1, len(rows)):
-        found = curves.of_metrics(config, rows[:until], 100, COPIED_IN_DEMO)
+        found = curves.of_metrics(config, rows[:until], 100, IN_DEMO)
         assert {f.level for f in found} == {"ok"}, [f for f in found if f.level != "ok"]
     late = [row | {"train/masked_loss": 4.6} for row in rows]
-    found = curves.of_metrics(config, late[:8], 100, None)
+    found = curves.of_metrics(config, late[:8], 100, IN_DEMO)
     looked_at = [f.what for f in found if f.level == "look"]
     assert looked_at == ["curve it1: frequencies", "curve it1: beside ours"]
 
@@ -282,8 +282,8 @@ def test_a_run_of_our_own_recipe_is_held_against_our_curve():
 def test_what_to_expect_is_ours_or_reported_and_more_than_copying():
     configs = DEMO.parent
 
-    def said(name: str, copied: float | None = None) -> str:
-        return curves.expected(config_files.load(f"{configs / name}"), copied).reason
+    def said(name: str, guesses: labels.Guesses | None = None) -> str:
+        return curves.expected(config_files.load(f"{configs / name}"), guesses).reason
 
     assert "ln K = 4.61 down to 2." in said("demo.py:it1") and "our run" in said("demo.py:it1")
     assert "2.31 and 0.365 at step 250000" in said("base.py:it1") and "ESPnet" in said(
@@ -292,7 +292,7 @@ def test_what_to_expect_is_ours_or_reported_and_more_than_copying():
     assert "2.37 and 0.417 at step 400000 are reported (one" in said("base.py:it2")
     for name in ("small.py:it1", "large.py", "xlarge.py"):
         assert "no run of this recipe" in said(name) and "copying" not in said(name)
-        assert "visible code gives an accuracy of 0.162" in said(name, 0.162)
+        assert "visible code gives an accuracy of 0.162" in said(name, labels.Guesses(0.162, 4.3))
     assert "base had an accuracy of 0.390" in said("small.py:it1")
     assert "base had an accuracy of 0.417" in said("large.py")
 
@@ -329,20 +329,24 @@ def test_copying_takes_the_nearest_visible_code():
     assert labels.accuracy_of_copying(np.ones_like(codes_NT), mask_NT) == 1.0
 
 
-def test_copying_of_the_labels_of_a_work_directory(clean, tmp_path):
+def test_guesses_of_the_labels_of_a_work_directory(clean, tmp_path):
     root, workdir = clean
     config = get_config(root)
-    copied = labels.copying(workdir / "it1", config)
-    assert copied is not None and 0.2 < copied < 0.7  # codes last 80 ms, of 20
-    assert f"an accuracy of {copied:.3f}" in by_what(config, workdir)["curve it1: expected"].reason
+    found = labels.guesses(workdir / "it1", config)
+    assert found is not None and 0.2 < found.copying < 0.7  # codes last 80 ms, of 20
+    assert found.entropy == pytest.approx(np.log(NUM_CODES), abs=0.02)
+    said = by_what(config, workdir)["curve it1: expected"].reason
+    assert f"an accuracy of {found.copying:.3f}" in said
+    others = get_config(root, train__labels="('it0',)")
+    assert labels.guesses(workdir / "it1", others) is None
     copy = epath.Path(tmp_path / "it1")
     shutil.copytree(workdir / "it1", copy)
     for rate in ("x", None):
         card = json.loads((copy / "labels" / "train" / "card.json").read_text())
         card["rate"] = rate
         (copy / "labels" / "train" / "card.json").write_text(json.dumps(card))
-        assert labels.copying(copy, config) is None
-    assert labels.copying(epath.Path(tmp_path), config) is None
+        assert labels.guesses(copy, config) is None
+    assert labels.guesses(epath.Path(tmp_path), config) is None
 
 
 def test_the_exit_code_tells_whether_to_stop(clean, capsys):
