@@ -11,12 +11,13 @@ import errno
 import json
 import os
 import pathlib
+import socket
 import threading
 import time
 from collections.abc import Iterator
 
 from hubert_jax import bucket_locks, logs, owners
-from hubert_jax.data import cards, places
+from hubert_jax.data import cards, leftovers, places
 
 NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS)  # what disks without hard links say
 
@@ -35,7 +36,7 @@ def held(folder: os.PathLike | str, command: str) -> Iterator[None]:
     path.parent.mkdir(parents=True, exist_ok=True)
     mine = owners.this(command)
     _take(path, mine)
-    _sweep(path, mine["host"])
+    _sweep(path)
     ended = threading.Event()
     beating = threading.Thread(target=_beat, args=(path, ended), daemon=True)
     beating.start()
@@ -50,7 +51,7 @@ def held(folder: os.PathLike | str, command: str) -> Iterator[None]:
 
 def _take(path: pathlib.Path, mine: owners.Owner) -> None:
     """Creates the lock; in one step, so that of two runs that start together one gets it."""
-    unfinished = path.with_name(f"{owners.NAME}-{mine['host']}-{mine['process']}")
+    unfinished = path.with_name(f"{_beside()}{os.getpid()}")
     try:
         with cards.enough_space(path):
             unfinished.write_text(json.dumps(mine))
@@ -107,10 +108,15 @@ def _is_heard(path: pathlib.Path, owner: owners.Owner, age: float) -> bool:
     return False
 
 
-def _sweep(path: pathlib.Path, host: str) -> None:
+def _beside() -> str:
+    """How files beside the lock begin, of this host and its namespace of process numbers."""
+    return f"{owners.NAME}-{socket.gethostname()}-{leftovers.namespace()}-"
+
+
+def _sweep(path: pathlib.Path) -> None:
     """Removes what runs that were killed while they took the lock have left beside it."""
-    for left in path.parent.glob(f"{owners.NAME}-{host}-*"):
-        process = left.name.removeprefix(f"{owners.NAME}-{host}-").removesuffix("-stale")
+    for left in path.parent.glob(f"{_beside()}*"):
+        process = left.name.removeprefix(_beside()).removesuffix("-stale")
         if process.isdigit() and (int(process) == os.getpid() or not owners.exists(int(process))):
             left.unlink(missing_ok=True)
 

@@ -13,6 +13,7 @@ import time
 import pytest
 
 from hubert_jax import cli, locks, owners
+from hubert_jax.data import leftovers
 from tests.tones import DEMO
 
 HOLD = """
@@ -169,13 +170,16 @@ def test_an_error_within_gives_the_folder_back(tmp_path):
 def test_what_a_run_left_that_was_killed_while_it_took_the_lock_goes(tmp_path):
     ended = subprocess.Popen([sys.executable, "-c", ""])
     ended.wait()
-    host = socket.gethostname()
+    beside = locks._beside()
+    other = beside.replace(str(leftovers.namespace()), "1")
     for process in (ended.pid, f"{ended.pid}-stale", os.getppid()):
-        (tmp_path / f"{owners.NAME}-{host}-{process}").touch()
-    (tmp_path / f"{owners.NAME}-elsewhere-1").touch()
+        (tmp_path / f"{beside}{process}").touch()
+    for name in (f"{owners.NAME}-elsewhere-1-1", f"{other}{ended.pid}"):
+        (tmp_path / name).touch()
     with locks.held(tmp_path, "run"):
         pass
     assert {path.name for path in tmp_path.iterdir()} == {
-        f"{owners.NAME}-{host}-{os.getppid()}",  # at it right now
-        f"{owners.NAME}-elsewhere-1",  # who knows
+        f"{beside}{os.getppid()}",  # at it right now
+        f"{owners.NAME}-elsewhere-1-1",  # who knows
+        f"{other}{ended.pid}",  # in another container
     }

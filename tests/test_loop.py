@@ -4,8 +4,10 @@
 The tones are eight "phones" in known order, written down in .phn files, so the labels have scores.
 """
 
+import os
 import pathlib
 import shutil
+import signal
 
 import numpy as np
 import pytest
@@ -178,6 +180,25 @@ def test_pretraining_that_was_stopped_ends_with_the_same_weights(
     before = validations(again)
     pretrain.run(config, again)
     assert validations(again) == before
+
+
+def test_a_signal_while_the_last_checkpoint_is_written_does_not_cost_it(
+    finished, tmp_path, monkeypatch
+):
+    tones, workdir = finished
+    again = epath.Path(tmp_path / "work")
+    shutil.copytree(workdir, again, ignore=shutil.ignore_patterns("checkpoints", "logs"))
+    wait = checkpoints.Checkpoints.wait
+
+    def signalled(saved):
+        os.kill(os.getpid(), signal.SIGTERM)
+        wait(saved)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(checkpoints.Checkpoints, "wait", signalled)
+        with pytest.raises(train.Interrupted, match="after step 6; it is saved"):
+            pretrain.run(get_config(tones)("it1"), again)
+    assert checkpoints.resolve(again / "it1" / "checkpoints").name == "6"
 
 
 def validations(workdir: epath.Path) -> list[dict[str, float]]:

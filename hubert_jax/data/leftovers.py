@@ -35,7 +35,7 @@ FOLDER = re.compile(r"hubert_jax-([0-9a-f]{16})-h([0-9a-z]{2})([0-9a-z]{1,5})-\w
 
 def mark() -> str:
     """This process, in at most eight characters."""
-    return f"h{_short(_namespace())}{np.base_repr(os.getpid(), 36).lower()}"
+    return f"h{_short(namespace())}{np.base_repr(os.getpid(), 36).lower()}"
 
 
 def sign() -> None:
@@ -66,8 +66,8 @@ def in_shared_memory() -> list[pathlib.Path]:
     gone = []
     for path in _listed(SHARED):
         found = IN_SHARED.fullmatch(path.name)
-        namespace, process = [x for x in found.groups() if x] if found else ("", "")
-        if found and namespace == _short(_namespace()) and not _exists(process):
+        place, process = [x for x in found.groups() if x] if found else ("", "")
+        if found and place == _short(namespace()) and not _exists(process):
             gone.append(path)
     return gone
 
@@ -99,7 +99,7 @@ def _listed(folder: pathlib.Path) -> list[pathlib.Path]:
 
 
 @functools.cache
-def _namespace() -> int:
+def namespace() -> int:
     """Of process numbers: containers may share what is swept, and count apart."""
     try:
         return int(re.sub(r"\D", "", os.readlink("/proc/self/ns/pid")))
@@ -107,8 +107,8 @@ def _namespace() -> int:
         return 0
 
 
-def _short(namespace: int) -> str:
-    return np.base_repr(namespace % 36**2, 36).lower().zfill(2)
+def _short(number: int) -> str:
+    return np.base_repr(number % 36**2, 36).lower().zfill(2)
 
 
 @functools.cache
@@ -118,7 +118,7 @@ def _host() -> str:
         boot = pathlib.Path("/proc/sys/kernel/random/boot_id").read_text()
     except OSError:  # not Linux
         boot = ""
-    text = f"{socket.gethostname()} {boot} {_namespace()}"
+    text = f"{socket.gethostname()} {boot} {namespace()}"
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 

@@ -105,11 +105,14 @@ def guesses(folder: epath.Path, config) -> Guesses | None:
         store = arrays.Store(folder / "labels" / "train")
         rate = int(store.card["rate"])
         codes = [store[id_] for id_ in store.ids[:: max(1, len(store.ids) // NUM_WINDOWS)]]
+        perplexity = scores.perplexity(np.bincount(np.concatenate(codes)))
     except (ValueError, OSError, KeyError, TypeError):  # of_iteration says what is wrong
         return None
     length = round(config.batch.min_seconds * frames.FRAME_RATE)
+    if length < 1 or rate < 1:
+        return None
     places = frames.label_positions(length, first_frame=0, label_rate=rate)
-    windows = [codes_T[places] for codes_T in codes if length and len(codes_T) > places[-1]]
+    windows = [codes_T[places] for codes_T in codes if len(codes_T) > places[-1]]
     if not windows:
         return None
     codes_NT = np.stack(windows)
@@ -120,7 +123,6 @@ def guesses(folder: epath.Path, config) -> Guesses | None:
         )  # fmt: skip
     except ValueError:  # too short for a mask: training says so too
         return None
-    perplexity = scores.perplexity(np.bincount(np.concatenate(codes)))
     return Guesses(accuracy_of_copying(codes_NT, np.asarray(mask_NT)), math.log(perplexity))
 
 

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Nothing is left of a process that was killed with all its children, once another one starts."""
 
+import contextlib
 import os
 import pathlib
 import signal
@@ -55,8 +56,8 @@ def test_what_a_killed_process_left_goes_and_what_is_in_use_stays(made, tmp_path
     leftovers.sweep()
     assert all(path.exists() for path in paths)
     os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-    assert all(path.exists() for path in paths)  # also Python's own tracker was killed
+    process.wait()  # so is Python's own tracker, which would tidy up
+    assert paths[1].exists()
     (paths[1] / "copy.npy").touch()
     leftovers.sweep()
     assert not any(path.exists() for path in paths)
@@ -95,7 +96,8 @@ def test_names_are_short_enough_for_python(monkeypatch):
         assert leftovers.IN_SHARED.fullmatch(memory.name) and leftovers.mark() in memory.name
     finally:
         memory.close()
-        memory.unlink()
+        with contextlib.suppress(FileNotFoundError):  # no process has this number: swept
+            memory.unlink()
         monkeypatch.undo()
         leftovers.sign()
     assert leftovers.FOLDER.fullmatch(pathlib.Path(places._copies()).name)

@@ -160,6 +160,8 @@ WORKDIR_FAULTS = {
     "a flipped byte in the audio": (flipped_audio, "stop", "audio: files"),
     "labels that are no codes": (
         relabelled(change=lambda c: c + np.int16(1)), "stop", "labels it1 train: files"),
+    "labels below zero": (
+        relabelled(change=lambda c: c - np.int16(1)), "stop", "labels it1 train: files"),
     "half of the codes unused": (
         relabelled(change=lambda c: c // 2), "look", "labels it1 train: codes"),
     "one code for most": (
@@ -337,11 +339,11 @@ def test_guesses_of_the_labels_of_a_work_directory(clean, tmp_path):
     assert found.entropy == pytest.approx(np.log(NUM_CODES), abs=0.02)
     said = by_what(config, workdir)["curve it1: expected"].reason
     assert f"an accuracy of {found.copying:.3f}" in said
-    others = get_config(root, train__labels="('it0',)")
-    assert labels.guesses(workdir / "it1", others) is None
+    for changed in (dict(train__labels="('it0',)"), dict(batch__min_seconds=-1.0)):
+        assert labels.guesses(workdir / "it1", get_config(root, **changed)) is None
     copy = epath.Path(tmp_path / "it1")
     shutil.copytree(workdir / "it1", copy)
-    for rate in ("x", None):
+    for rate in ("x", None, -50):
         card = json.loads((copy / "labels" / "train" / "card.json").read_text())
         card["rate"] = rate
         (copy / "labels" / "train" / "card.json").write_text(json.dumps(card))
