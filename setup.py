@@ -15,6 +15,7 @@ INSTALL = [
     "flax>=0.12.8",
     "optax>=0.2.8",
     "orbax-checkpoint>=0.12.0",
+    "tensorstore>=0.1.84",
     "numpy>=2.0",
     "scipy>=1.13",
     "ml-collections>=1.1.0",

@@ -7,7 +7,6 @@ Checkpoints are not in this: tensorstore reads and writes those, past any fake o
 import os
 
 import numpy as np
-import orbax.checkpoint as ocp
 import pytest
 from etils import epath
 from fsspec.implementations import memory
@@ -114,7 +113,7 @@ def test_a_checkpoint_in_a_bucket_is_not_looked_for_on_the_disk(bucket, monkeypa
     assert os.fspath(checkpoints.resolve(folder)) == os.fspath(folder / "10")
     assert os.fspath(checkpoints.resolve(folder / "9")) == os.fspath(folder / "9")
     folders = []
-    monkeypatch.setattr(ocp, "CheckpointManager", lambda path, **_: folders.append(path))
+    monkeypatch.setattr(checkpoints, "_Manager", lambda path, **_: folders.append(path))
     checkpoints.Checkpoints(folder, checkpoints.CheckpointConfig(1, 1, 0))
     assert [os.fspath(path) for path in folders] == [os.fspath(folder)]
 
