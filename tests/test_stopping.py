@@ -61,7 +61,15 @@ def test_a_signal_after_the_last_call_is_heeded_at_the_end():
         os.kill(os.getpid(), signal.SIGTERM)
 
 
-def test_the_second_signal_acts_at_once():
+@pytest.fixture
+def interrupts():
+    """As in a terminal; a shell starts what it puts into the background without."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_the_second_signal_acts_at_once(interrupts):
     with pytest.raises(KeyboardInterrupt), stopping.listening():
         for _ in range(2):
             os.kill(os.getpid(), signal.SIGINT)
