@@ -114,7 +114,7 @@ def _take(bucket: Bucket, mine: owners.Owner) -> bytes:
         owner, generation = bucket.read()
         if owner is not None:
             alive = owners.is_alive(owner, age=_age(owner))
-            if alive if owners.is_here(owner) else _is_heard(bucket, owner, generation):
+            if alive if owners.is_here(owner) else _is_heard(bucket, owner):
                 lock = f"{bucket.url.rstrip('/')}/{owners.NAME}"
                 raise owners.Held(bucket.url, bucket.read()[0] or owner, lock)
             logs.info(f"{bucket.url}: its lock is of {owners.name(owner)}, which is gone")
@@ -123,21 +123,13 @@ def _take(bucket: Bucket, mine: owners.Owner) -> bytes:
             return taken
 
 
-def _is_heard(bucket: Bucket, owner: owners.Owner, generation: bytes) -> bool:
-    """Whether an owner on another host beats again before it counts as gone; waits for that."""
+def _is_heard(bucket: Bucket, owner: owners.Owner) -> bool:
+    def look() -> bytes | None:
+        found, generation = bucket.read()
+        return generation if found is not None else None
+
     left = min(max(2 * owners.HEARTBEAT, owners.STALE - _age(owner)), owners.STALE)
-    logs.info(
-        f"{bucket.url}: its lock is of {owners.name(owner)}; waiting for its heartbeat, at most"
-        f" {left:.0f} s"
-    )
-    deadline = time.monotonic() + left
-    while time.monotonic() < deadline:
-        time.sleep(min(5.0, owners.HEARTBEAT))
-        with contextlib.suppress(OSError):  # the next look may get an answer
-            found, newest = bucket.read()
-            if newest != generation:
-                return found is not None  # None: it has ended, and the lock with it
-    return False
+    return owners.is_heard(owner, look, seconds=left)
 
 
 def _age(owner: owners.Owner) -> float:

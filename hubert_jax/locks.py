@@ -15,6 +15,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
+from typing import Any
 
 from hubert_jax import bucket_locks, logs, owners
 from hubert_jax.data import cards, leftovers, places
@@ -64,7 +65,8 @@ def _take(path: pathlib.Path, mine: owners.Owner) -> None:
             now = unfinished.stat().st_mtime  # of the file system's clock, as the lock's is
             age = now - _touched(path, now)
             if owners.is_alive(owner, age=age) and (
-                owners.is_here(owner) or _is_heard(path, owner, age)
+                owners.is_here(owner)
+                or owners.is_heard(owner, lambda: _touched(path, None), seconds=owners.STALE - age)
             ):
                 raise owners.Held(path.parent, _read(path) or owner, path)
             logs.info(f"{path}: of {owners.name(owner)}, which is gone; taken over")
@@ -87,25 +89,6 @@ def _create(path: pathlib.Path, unfinished: pathlib.Path) -> None:
             raise
         with path.open("x") as file:
             file.write(unfinished.read_text())
-
-
-def _is_heard(path: pathlib.Path, owner: owners.Owner, age: float) -> bool:
-    """Whether an owner on another host shows up again before it counts as gone; waits for that.
-
-    A job that a scheduler puts back onto another node finds the lock of its own former self.
-    """
-    left, last = owners.STALE - age, _touched(path, 0.0)
-    logs.info(
-        f"{path}: of {owners.name(owner)}, silent for {age:.0f} s; waiting for its heartbeat, at"
-        f" most {left:.0f} s"
-    )
-    deadline = time.monotonic() + left
-    while time.monotonic() < deadline:
-        time.sleep(min(1.0, owners.HEARTBEAT))
-        touched = _touched(path, 0.0)
-        if touched != last:
-            return touched > 0  # 0: it has ended, and the lock with it
-    return False
 
 
 def _beside() -> str:
@@ -138,7 +121,7 @@ def _read(path: pathlib.Path) -> owners.Owner:
         return {}
 
 
-def _touched(path: pathlib.Path, default: float) -> float:
+def _touched(path: pathlib.Path, default: Any) -> Any:
     try:
         return path.stat().st_mtime
     except FileNotFoundError:

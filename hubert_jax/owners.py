@@ -5,12 +5,16 @@
  "born": of the process, in clock ticks since the boot, "since", "command"}
 """
 
+import contextlib
 import json
 import os
 import pathlib
 import socket
 import time
+from collections.abc import Callable
 from typing import Any
+
+from hubert_jax import logs
 
 NAME = ".running"  # of the lock, in the work directory
 HEARTBEAT = 30.0  # seconds
@@ -67,6 +71,23 @@ def is_alive(owner: Owner, *, age: float) -> bool:
     if not is_here(owner):
         return age < STALE
     return owner.get("born") is not None and _born(owner.get("process")) == owner["born"]
+
+
+def is_heard(owner: Owner, look: Callable[[], Any], *, seconds: float) -> bool:
+    """Whether an owner on another host shows up again within so long; waits for that.
+
+    `look` gives what every heartbeat changes, and None once there is no lock. A job that a
+    scheduler puts back onto another node finds the lock of its own former self.
+    """
+    last, deadline = look(), time.monotonic() + seconds
+    logs.info(f"the lock is of {name(owner)}: waiting for its heartbeat, at most {seconds:.0f} s")
+    while last is not None and time.monotonic() < deadline:
+        time.sleep(min(1.0, HEARTBEAT))
+        with contextlib.suppress(OSError):  # the next look may get an answer
+            found = look()
+            if found != last:
+                return found is not None  # None: it has ended, and the lock with it
+    return False
 
 
 def exists(process: int) -> bool:

@@ -3,10 +3,6 @@
 
 import json
 import os
-import pathlib
-import socket
-import subprocess
-import sys
 import threading
 import time
 
@@ -15,7 +11,7 @@ import pytest
 from hubert_jax import cli, locks, owners
 from hubert_jax.bucket_locks import Bucket
 from tests import gcs
-from tests.test_locks import HOLD
+from tests.test_locks import check_refusal_and_takeover
 from tests.tones import DEMO
 
 WORK = "gs://bucket/work"
@@ -39,31 +35,8 @@ def objects(server):
     return server
 
 
-def hold() -> subprocess.Popen:
-    env = {**os.environ, "PYTHONPATH": str(pathlib.Path(__file__).parents[1])}
-    process = subprocess.Popen(
-        [sys.executable, "-c", HOLD, WORK], stdout=subprocess.PIPE, text=True, env=env
-    )
-    assert process.stdout is not None and process.stdout.readline() == "held\n"
-    return process
-
-
-def test_a_second_run_is_refused_and_a_killed_one_is_taken_over(objects, capsys):
-    first = hold()
-    try:
-        with pytest.raises(owners.Held) as refused, locks.held(WORK, "second"):
-            pass
-        for part in (f"process {first.pid}", socket.gethostname(), time.strftime("%Y-%m-%d")):
-            assert part in str(refused.value)
-        owner = locks.owner_of(WORK)
-        assert owner is not None and owner["process"] == first.pid
-    finally:
-        first.kill()
-        first.communicate()
-    assert LOCK in objects and locks.owner_of(WORK) is None
-    with locks.held(WORK, "second"):
-        assert json.loads(objects[LOCK][1])["process"] == os.getpid()
-    assert f"process {first.pid}" in capsys.readouterr().out
+def test_a_second_run_is_refused_and_a_killed_one_is_taken_over(objects):
+    check_refusal_and_takeover(WORK, lambda: json.loads(objects[LOCK][1])["process"])
     assert not objects
 
 

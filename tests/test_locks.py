@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 
 import pytest
 
@@ -35,23 +36,29 @@ def hold(folder):
     return process
 
 
-def test_a_second_run_is_refused_with_the_first_ones_name_and_a_killed_one_is_taken_over(
-    tmp_path, capsys
-):
-    first = hold(tmp_path)
+def check_refusal_and_takeover(workdir, process_in_lock: Callable[[], int]) -> None:
+    """A second run is refused with the first one's name, and a killed one is taken over."""
+    first = hold(workdir)
     try:
-        with pytest.raises(owners.Held) as refused, locks.held(tmp_path, "second"):
+        with pytest.raises(owners.Held) as refused, locks.held(workdir, "second"):
             pass
         for part in (f"process {first.pid}", socket.gethostname(), time.strftime("%Y-%m-%d")):
             assert part in str(refused.value)
-        owner = locks.owner_of(tmp_path)
+        owner = locks.owner_of(workdir)
         assert owner is not None and owner["process"] == first.pid
     finally:
         first.kill()
         first.communicate()
-    assert (tmp_path / owners.NAME).exists() and locks.owner_of(tmp_path) is None
-    with locks.held(tmp_path, "second"):
-        assert json.loads((tmp_path / owners.NAME).read_text())["process"] == os.getpid()
+    assert process_in_lock() == first.pid and locks.owner_of(workdir) is None
+    with locks.held(workdir, "second"):
+        assert process_in_lock() == os.getpid()
+
+
+def test_a_second_run_is_refused_with_the_first_ones_name_and_a_killed_one_is_taken_over(
+    tmp_path, capsys
+):
+    path = tmp_path / owners.NAME
+    check_refusal_and_takeover(tmp_path, lambda: json.loads(path.read_text())["process"])
     assert "taken over" in capsys.readouterr().out
     assert not any(tmp_path.iterdir())
 
