@@ -2,8 +2,8 @@
 """A running job: whether its loss is normal, alone and beside curves of our own runs.
 
 curves.json has runs of ours, [step, masked loss, masked accuracy] of training every 100 steps, with
-the recipe that decides them. A run of the same recipe is held against its curve; any run against
-what all of them have in common.
+the recipe that decides them. A run of the same recipe is held against its curve, another one of
+base against what others report, and any run against what needs no model (labels.Guesses).
 """
 
 import importlib.resources
