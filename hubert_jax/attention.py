@@ -5,44 +5,32 @@ B batch, T frames, D width, H heads, K head width, C query, key and value
 """
 
 import functools
-import importlib.util
 from typing import Literal
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from hubert_jax.layers import Linear, bert_normal, dropout
-from hubert_jax.sharding import constrain, on_own_heads
+from hubert_jax.layers import AMPERE, Linear, bert_normal, dropout, has_triton
+from hubert_jax.sharding import constrain, cuda_capability, on_own_heads, ways
 
-FLASH_CAPABILITY = 8.0  # of NVIDIA GPUs that can compute without weights of T x T: from Ampere on
 QKV_AXES = ("batch", "frames", "frames", "heads", "code_width")
 
 
 def implementation(dtype, head_width: int, *, has_dropout: bool) -> str:
-    """Which: two products and a softmax, "plain"; without weights of T x T, "cudnn" or "kernels".
+    """Which: two products and a softmax, "plain"; without weights of T x T, "kernels" or "cudnn".
 
-    Plain on CPUs and TPUs and in float32. Where weights are dropped, which JAX's interface to cuDNN
-    does not do, it is our own kernels. Of a head's widths cuDNN takes the multiples of 8 up to 128,
-    the kernels 16, 32 and 64: of 128 their blocks are too large for some of these GPUs.
+    Plain on CPUs and TPUs and in float32. Our own kernels take heads of 16, 32 and 64 (of 128 their
+    blocks are too large for some of these GPUs); cuDNN takes the multiples of 8 up to 128, but in
+    JAX's interface to it no weights are dropped.
     """
     if dtype != jnp.bfloat16 or jax.default_backend() != "gpu":
         return "plain"
-    if _number(getattr(jax.local_devices()[0], "compute_capability", "")) < FLASH_CAPABILITY:
+    if cuda_capability() < AMPERE:
         return "plain"
-    if has_dropout:
-        # Pallas' Triton, which jax means to give up.
-        is_there = importlib.util.find_spec("jax.experimental.pallas.triton") is not None
-        return "kernels" if is_there and head_width in (16, 32, 64) else "plain"
-    return "cudnn" if head_width % 8 == 0 and head_width <= 128 else "plain"
-
-
-def _number(capability: str) -> float:
-    """Of "9.0"; 0 of what AMD's GPUs say, such as "gfx942"."""
-    try:
-        return float(capability)
-    except ValueError:
-        return 0.0
+    if has_triton(dtype) and head_width in (16, 32, 64):
+        return "kernels"
+    return "cudnn" if not has_dropout and head_width % 8 == 0 and head_width <= 128 else "plain"
 
 
 class Attention(nnx.Module):
@@ -63,13 +51,13 @@ class Attention(nnx.Module):
 
     def __call__(self, x_BTD, valid_BT=None, *, key=None):
         """Frames that are not in `valid_BT` come last, and none sees them. `key` drops weights."""
-        qkv_BTCHK = jnp.einsum("btd,dchk->btchk", x_BTD, self.qkv.kernel[...].astype(x_BTD.dtype))
-        qkv_BTCHK = qkv_BTCHK + self.qkv.bias[...].astype(x_BTD.dtype)
+        qkv_BTCHK = self._project(x_BTD)
         has_dropout = key is not None and self.dropout > 0
         how = implementation(x_BTD.dtype, qkv_BTCHK.shape[-1], has_dropout=has_dropout)
         if how == "kernels":
             qkv_BTCHK = constrain(qkv_BTCHK, *QKV_AXES)
-            mixed, axes = by_kernels(qkv_BTCHK, valid_BT, rate=self.dropout, key=key), "bthk"
+            rate = self.dropout if has_dropout else 0.0
+            mixed, axes = by_kernels(qkv_BTCHK, valid_BT, rate=rate, key=key), "bthk"
         else:
             heads_first = (2, 0, 3, 1, 4)
             qkv_CBHTK = qkv_BTCHK.transpose(heads_first)
@@ -80,6 +68,15 @@ class Attention(nnx.Module):
             mixed, axes = attend(query_BHTK, key_BHTK, value_BHTK, valid_BT), "bhtk"
         out_BTD = jnp.einsum(f"{axes},hkd->btd", mixed, self.out.kernel[...].astype(x_BTD.dtype))
         return out_BTD + self.out.bias[...].astype(x_BTD.dtype)
+
+    def _project(self, x_BTD):
+        kernel_DCHK = self.qkv.kernel[...].astype(x_BTD.dtype)
+        bias_CHK = self.qkv.bias[...].astype(x_BTD.dtype)
+        if x_BTD.dtype == jnp.float32 or ways("heads") > 1:
+            return jnp.einsum("btd,dchk->btchk", x_BTD, kernel_DCHK) + bias_CHK
+        # Of several axes, XLA writes the bias out for every frame before a GPU adds it.
+        flat = x_BTD @ kernel_DCHK.reshape(len(kernel_DCHK), -1) + bias_CHK.reshape(-1)
+        return flat.reshape(*x_BTD.shape[:-1], *bias_CHK.shape)
 
 
 def plain(query_BHTK, key_BHTK, value_BHTK, valid_BT=None, *, drop=lambda weights: weights):
@@ -114,7 +111,8 @@ def by_kernels(qkv_BTCHK, valid_BT=None, *, rate: float, key, interpret: bool = 
         )  # fmt: skip
 
     lengths_B = jnp.sum(valid_BT, axis=1, dtype=jnp.int32)
-    return on_own_heads(attend, qkv_BTCHK, lengths_B, jax.random.bits(key, (2,)), ndim=4)
+    seeds_2 = jax.random.bits(key, (2,)) if rate else jnp.zeros(2, jnp.uint32)
+    return on_own_heads(attend, qkv_BTCHK, lengths_B, seeds_2, ndim=4)
 
 
 def by_cudnn(

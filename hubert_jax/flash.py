@@ -18,7 +18,7 @@ import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
-from hubert_jax.layers import bits_of_columns, bits_of_rows
+from hubert_jax.layers import bits_of_rows, is_kept
 
 QUERY, KEY, VALUE = np.arange(3, dtype=np.int32)  # the interpreter wants arrays
 NARROWEST = 16  # head width and block: what a tensor core multiplies
@@ -285,7 +285,7 @@ class _Part:
 
 def _keep(bits, places, rate: float):
     """Which weights stay, as layers.dropout has it: bits of the rows and places of the columns."""
-    return bits_of_columns(bits, places.astype(jnp.uint32)) >= jnp.uint32(round(rate * 2**32))
+    return is_kept(bits, places.astype(jnp.uint32), rate)
 
 
 def _log2_scale(width: int) -> float:

@@ -17,9 +17,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from hubert_jax.attention import Attention
+from hubert_jax.convolutions import Conv, GroupNorm
 from hubert_jax.layers import (
-    Conv,
-    GroupNorm,
     LayerNorm,
     Linear,
     bert_normal,
@@ -244,17 +243,18 @@ class Extractor(nnx.Module):
         self.norms: Any = nnx.List(norms)
 
     def __call__(self, wave_BS, *, num_samples_B, padding):
-        x_BTC = wave_BS[..., None]
-        for i, conv in enumerate(self.convs):
+        first, *others = self.convs
+        if self.config.conv_norm == "layer":
+            x_BTC = self.norms[0](first(wave_BS[..., None]))
+        else:
+            exact = padding == "exact" and num_samples_B is not None
+            lengths_B = frames.conv_lengths(num_samples_B)[0] if exact else None
+            x_BTC = self.norms[0](first, wave_BS, lengths_B)
+        for i, conv in enumerate(others, 1):
+            x_BTC = conv.after_gelu(x_BTC)
             if self.config.conv_norm == "layer":
-                x_BTC = self.norms[i](conv(x_BTC))
-            elif i == 0:
-                exact = padding == "exact" and num_samples_B is not None
-                lengths_B = frames.conv_lengths(num_samples_B)[0] if exact else None
-                x_BTC = self.norms[0](conv, wave_BS, lengths_B)
-            else:
-                x_BTC = conv(x_BTC)
-            x_BTC = gelu(x_BTC)
+                x_BTC = self.norms[i](x_BTC)
+        x_BTC = gelu(x_BTC)[:, : frames.num_frames(wave_BS.shape[1])]
         x_BTC = scale_gradient(x_BTC, self.config.gradient_scale)
         return constrain(x_BTC, "batch", "frames", "residual")
 
@@ -281,19 +281,20 @@ class Block(nnx.Module):
         keys = [None] * 4 if key is None else jax.random.split(key, 4)
 
         def attend(x_BTD):
-            return dropout(self.attention(x_BTD, valid_BT, key=keys[0]), config.dropout, keys[1])
+            return self.attention(x_BTD, valid_BT, key=keys[0])
 
         def feed_forward(x_BTD):
-            hidden_BTF = constrain(gelu(self.ffn_in(x_BTD)), "batch", "frames", "ffn")
+            hidden_BTF = constrain(self.ffn_in.gelu(x_BTD), "batch", "frames", "ffn")
             hidden_BTF = dropout(hidden_BTF, config.activation_dropout, keys[2])
-            return dropout(self.ffn_out(hidden_BTF), config.dropout, keys[3])
+            return self.ffn_out(hidden_BTF)
 
+        rate = config.dropout
         if config.pre_norm:
-            x_BTD = x_BTD + attend(self.attention_norm(x_BTD))
-            x_BTD = x_BTD + feed_forward(self.ffn_norm(x_BTD))
+            x_BTD = x_BTD + dropout(attend(self.attention_norm(x_BTD)), rate, keys[1])
+            x_BTD = x_BTD + dropout(feed_forward(self.ffn_norm(x_BTD)), rate, keys[3])
         else:
-            x_BTD = self.attention_norm(x_BTD + attend(x_BTD))
-            x_BTD = self.ffn_norm(x_BTD + feed_forward(x_BTD))
+            x_BTD = self.attention_norm.of_sum(x_BTD, attend(x_BTD), rate=rate, key=keys[1])
+            x_BTD = self.ffn_norm.of_sum(x_BTD, feed_forward(x_BTD), rate=rate, key=keys[3])
         return constrain(x_BTD, "batch", "frames", "residual")
 
 

@@ -99,12 +99,28 @@ def islands(devices: Sequence[Any]) -> tuple[int, str]:
     return (len(sizes) if len({*sizes.values()}) == 1 else 1), attribute
 
 
+def cuda_capability() -> float:
+    """The compute capability of an NVIDIA GPU, such as 9.0; 0 of whatever else the first device is.
+
+    AMD's GPUs have one that is no number, such as "gfx942".
+    """
+    try:
+        return float(getattr(jax.local_devices()[0], "compute_capability", ""))
+    except ValueError:
+        return 0.0
+
+
 def constrain(x: jax.Array, *axes: str) -> jax.Array:
     """`x` with its axes laid out as the table says, on the mesh in use; `x` itself without one."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
         return x
     return jax.lax.with_sharding_constraint(x, _spec(x.shape, axes, dict(mesh.shape)))
+
+
+def ways(axis: str) -> int:
+    """Into how many parts the mesh in use may cut this logical axis."""
+    return _ways(axis, dict(jax.sharding.get_abstract_mesh().shape))
 
 
 def on_own_rows(function: Callable[..., Any], rows: Any, *whole: jax.Array) -> Any:
@@ -180,12 +196,16 @@ def _spec(shape, axes, sizes: dict[str, int]) -> P:
         raise AssertionError(f"axes {axes} for shape {shape}")
 
     def place(size, axis):
-        target = RULES[axis]
-        names = (target,) if isinstance(target, str) else (target or ())
-        ways = math.prod(sizes[name] for name in names)
-        return target if ways > 1 and size % ways == 0 else None
+        num_parts = _ways(axis, sizes)
+        return RULES[axis] if num_parts > 1 and size % num_parts == 0 else None
 
     return P(*(place(size, axis) for size, axis in zip(shape, axes, strict=True)))
+
+
+def _ways(axis: str, sizes: dict[str, int]) -> int:
+    target = RULES[axis]
+    names = (target,) if isinstance(target, str) else (target or ())
+    return math.prod(sizes.get(name, 1) for name in names)
 
 
 def batch_sharding(mesh: Mesh | AbstractMesh) -> NamedSharding:

@@ -17,6 +17,10 @@ import optax
 
 from hubert_jax import stopping
 
+# Products by cuBLAS alone, which adds a bias on the way; XLA's own would be tried out beside them,
+# which doubles the time that compiling takes (docs/LOG.md).
+ON_GPUS = {"xla_gpu_enable_triton_gemm": False}
+
 
 class State(NamedTuple):
     """All that training carries from step to step."""
@@ -99,7 +103,8 @@ def make_step(loss: LossFunction, optimizer: optax.GradientTransformation, *, ac
         metrics["skipped"] = ((~is_finite).astype(jnp.float32), 1.0)
         return State(state.step + 1, model, opt_state), metrics
 
-    return jax.jit(step, donate_argnums=0)
+    options = ON_GPUS if jax.default_backend() == "gpu" else None
+    return jax.jit(step, donate_argnums=0, compiler_options=options)
 
 
 def _split_rows(x, parts: int):

@@ -14,3 +14,5 @@ os.environ["XLA_FLAGS"] = " ".join(
         "--xla_llvm_disable_expensive_passes=true",
     ]
 ).strip()
+
+from tests.cuda import checked_kernels, hopper, interpreted  # noqa: F401

@@ -7,12 +7,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax._src.pallas.triton import lowering
-from jax.sharding import AbstractDevice, AbstractMesh
+from jax.sharding import AbstractMesh
 from jax.sharding import PartitionSpec as P
 
 from hubert_jax import attention, flash
 from hubert_jax.layers import dropout
+from tests.cuda import GPU, SHARDS, lowered
 
 KEY = jax.random.key(7)
 SEEDS = jax.random.bits(KEY, (2,))
@@ -117,9 +117,6 @@ def test_a_part_drops_what_the_whole_drops(rows, heads):
     assert_differ(got, with_gradients(functools.partial(part, first=(0, 1)), *x))
 
 
-SHARDS = (2, 2), ("data", "tensor"), (jax.sharding.AxisType.Auto,) * 2
-
-
 def sharded(attend, lengths_B, mesh, **options):
     """`attend` of 4 x 4 rows and heads over the 2 x 2 devices of `mesh`."""
 
@@ -161,35 +158,14 @@ def test_it_refuses_what_tensor_cores_do_not_take(width):
         flash.attend(jnp.zeros((1, 4, 3, 1, width)), jnp.array([4]), SEEDS, rate=0.1)
 
 
-GPU = AbstractDevice(device_kind="NVIDIA H200", num_cores=132, platform="gpu")
-
-
-@pytest.fixture
-def checked_kernels(monkeypatch):
-    """Kernels whose code has been verified, which otherwise only the GPU's compiler does."""
-    lower = lowering.lower_jaxpr_to_triton_module
-    kernels = []
-
-    def lower_and_verify(*args, **options):
-        result = lower(*args, **options)
-        result.module.operation.verify()
-        kernels.append(result)
-        return result
-
-    monkeypatch.setattr(lowering, "lower_jaxpr_to_triton_module", lower_and_verify)
-    return kernels
-
-
-def lowered(attend, shape) -> str:
-    """The program of the gradients for an NVIDIA GPU."""
+def program(attend, shape, **options) -> str:
+    """Of the gradients, for an NVIDIA GPU."""
     x_BHTK = jax.ShapeDtypeStruct(shape, jnp.bfloat16)
 
     def run(query, key, value, grad):
         return jax.vjp(attend, query, key, value)[1](grad)
 
-    with jax.sharding.use_abstract_mesh(AbstractMesh((), (), abstract_device=GPU)):
-        traced = jax.jit(run).trace(x_BHTK, x_BHTK, x_BHTK, x_BHTK)
-        return traced.lower(lowering_platforms=("cuda",)).as_text()
+    return lowered(run, x_BHTK, x_BHTK, x_BHTK, x_BHTK, **options)
 
 
 @pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated")
@@ -199,7 +175,7 @@ def test_it_lowers_for_cuda_as_three_kernels(rate, checked_kernels):
     attend = functools.partial(
         attend_heads, lengths_B=jnp.array([781, 400]), seeds_2=SEEDS, rate=rate
     )
-    text = lowered(attend, (2, 12, 781, 64))
+    text = program(attend, (2, 12, 781, 64))
     assert text.count("xla.gpu.triton") == len(checked_kernels) == 3
     assert "781x781" not in text
 
@@ -207,6 +183,6 @@ def test_it_lowers_for_cuda_as_three_kernels(rate, checked_kernels):
 @pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated")
 def test_shards_lower_for_cuda_with_all_checks():
     attend = functools.partial(attend_heads, rate=0.1)
-    mesh = AbstractMesh(*SHARDS, abstract_device=GPU)
-    text = lowered(sharded(attend, jnp.array([781, 400, 1, 0]), mesh), (4, 4, 781, 64))
+    split = sharded(attend, jnp.array([781, 400, 1, 0]), AbstractMesh(*SHARDS, abstract_device=GPU))
+    text = program(split, (4, 4, 781, 64), mesh=SHARDS)
     assert text.count("xla.gpu.triton") == 3

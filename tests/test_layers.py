@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hubert_jax import layers
+from hubert_jax import convolutions, layers
 
 # --- strided convolutions: gradients that are written by hand
 
@@ -33,9 +33,9 @@ def test_gradients_of_a_strided_convolution_are_those_that_jax_derives(
         loss = lambda x_BTC, kernel: jnp.sum(jnp.sin(conv(x_BTC, kernel, stride)))  # noqa: E731
         return jax.grad(loss, argnums=(0, 1))(x_BTC, kernel)
 
-    got, want = layers.strided_conv(x_BTC, kernel, stride), plain(x_BTC, kernel, stride)
+    got, want = convolutions.strided_conv(x_BTC, kernel, stride), plain(x_BTC, kernel, stride)
     np.testing.assert_allclose(got, want, rtol=0, atol=1e-5)
-    for got, want in zip(gradients(layers.strided_conv), gradients(plain), strict=True):
+    for got, want in zip(gradients(convolutions.strided_conv), gradients(plain), strict=True):
         np.testing.assert_allclose(got, want, rtol=0, atol=1e-5)
 
 
@@ -48,10 +48,10 @@ def test_group_norm_normalises_what_a_convolution_makes_of_a_waveform(lengths, b
     """Also where the samples have a mean of their own, and the channels very different sizes."""
     keys = iter(jax.random.split(jax.random.key(0), 5))
     sizes_C = jnp.geomspace(1e-2, 1e2, 8)
-    conv = layers.Conv(1, 8, 10, 5, bias=bias, key=next(keys))
-    norm = layers.GroupNorm(8)
+    conv = convolutions.Conv(1, 8, 10, 5, bias=bias, key=next(keys))
+    norm = convolutions.GroupNorm(8)
     norm.scale[...], norm.bias[...] = jax.random.normal(next(keys), (2, 8))
-    wave_BS = 0.5 + 0.1 * jax.random.normal(next(keys), (2, 3 * 5 * layers.STRETCH + 2_003))
+    wave_BS = 0.5 + 0.1 * jax.random.normal(next(keys), (2, 3 * 5 * convolutions.STRETCH + 2_003))
     lengths_B = None if lengths is None else jnp.array(lengths)
     weights_BTC = jax.random.normal(next(keys), (2, (wave_BS.shape[1] - 10) // 5 + 1, 8))
 
@@ -86,9 +86,9 @@ def sized(conv, sizes_C):
 
 
 def test_group_norm_of_a_row_without_frames_is_finite():
-    conv = layers.Conv(1, 8, 10, 5, bias=False, key=jax.random.key(0))
+    conv = convolutions.Conv(1, 8, 10, 5, bias=False, key=jax.random.key(0))
     wave_BS = jnp.ones((2, 400))
-    y_BTC = layers.GroupNorm(8)(conv, wave_BS, jnp.array([0, 79]))
+    y_BTC = convolutions.GroupNorm(8)(conv, wave_BS, jnp.array([0, 79]))
     assert np.isfinite(y_BTC).all()
 
 
@@ -101,7 +101,7 @@ def test_what_is_compiled_for_another_platform_here_has_no_form_for_cpus(platfor
     kernel = jnp.ones((3, 8, 8))
 
     def convolved(x_BTC, kernel=kernel):
-        return jnp.sum(jnp.sin(layers.strided_conv(x_BTC, kernel, 2)))
+        return jnp.sum(jnp.sin(convolutions.strided_conv(x_BTC, kernel, 2)))
 
     gradient = jax.grad(convolved)
     of_kernel = functools.partial(jax.grad(convolved, argnums=1), jnp.ones((2, 21, 8)))
@@ -133,11 +133,11 @@ def test_a_convolution_by_product_is_the_convolution(taps, stride, width, num_sa
         y_BTC, pull = jax.vjp(lambda x, k: form(x, k, stride), x_BTC, kernel)
         return y_BTC, *pull(jnp.sin(jnp.arange(y_BTC.size).reshape(y_BTC.shape)))
 
-    got, want = map(value_and_gradients, (layers._by_product, layers._conv))
+    got, want = map(value_and_gradients, (convolutions._by_product, convolutions._conv))
     for a, b in zip(got, want, strict=True):
         np.testing.assert_allclose(a, b, atol=3e-5)
     grad_BTD = jnp.sin(jnp.arange(want[0].size).reshape(want[0].shape))
-    for of_input in (layers._input_gradient_by_product, layers._input_gradient):
+    for of_input in (convolutions._input_gradient_by_product, convolutions._input_gradient):
         got_BTC = of_input(grad_BTD, kernel, stride=stride, num_frames=num_samples)
         np.testing.assert_allclose(got_BTC, want[1], atol=3e-5)
 
