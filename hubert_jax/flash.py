@@ -154,11 +154,12 @@ def _mix(length_ref, bits_ref, qkv_ref, mixed_ref, sums_ref, *, how, blocks):
     bits_Q1 = queries.load(bits_ref)[:, None] if how.rate else None
     scale = _log2_scale(width)
 
-    def add(index, carry):
+    def add(index, carry, *, is_whole: bool):
         mixed_QK, top_Q, sum_Q = carry
         keys = _Part(index, blocks.keys, length)
         logits_QN = triton.dot(query_QK, keys.load(qkv_ref, KEY).T)
-        logits_QN = jnp.where(keys.inside[None, :], logits_QN, -jnp.inf)
+        if not is_whole:
+            logits_QN = jnp.where(keys.inside[None, :], logits_QN, -jnp.inf)
         new_top_Q = jnp.maximum(top_Q, jnp.max(logits_QN, axis=1) * scale)
         weights_QN = _exp2(logits_QN * scale - new_top_Q[:, None], how)
         shrink_Q = _exp2(top_Q - new_top_Q, how)
@@ -177,8 +178,7 @@ def _mix(length_ref, bits_ref, qkv_ref, mixed_ref, sums_ref, *, how, blocks):
         jnp.full((blocks.queries,), -jnp.inf, jnp.float32),
         jnp.zeros((blocks.queries,), jnp.float32),
     )
-    num_blocks = jax.lax.div(length + (blocks.keys - 1), blocks.keys)
-    mixed_QK, top_Q, sum_Q = jax.lax.fori_loop(0, num_blocks, add, start)
+    mixed_QK, top_Q, sum_Q = _over_keys(add, start, length, blocks.keys)
     sum_Q = jnp.where(sum_Q == 0, 1.0, sum_Q)  # of a row without frames
     queries.store(mixed_ref, mixed_QK * (1 / ((1 - how.rate) * sum_Q))[:, None])
     queries.store(sums_ref, top_Q + jnp.log2(sum_Q))
@@ -240,11 +240,12 @@ def _query_gradients(
     bits_Q1 = queries.load(bits_ref)[:, None] if how.rate else None
     scale = _log2_scale(width)
 
-    def add(index, query_grad_QK):
+    def add(index, query_grad_QK, *, is_whole: bool):
         keys = _Part(index, blocks.keys, length)
         key_NK = keys.load(qkv_ref, KEY)
         logits_QN = triton.dot(query_QK, key_NK.T)
-        logits_QN = jnp.where(keys.inside[None, :], logits_QN, -jnp.inf)
+        if not is_whole:
+            logits_QN = jnp.where(keys.inside[None, :], logits_QN, -jnp.inf)
         weights_QN = _exp2(logits_QN * scale - sums_Q[:, None], how)
         kept_QN = weights_QN
         if how.rate:
@@ -255,9 +256,16 @@ def _query_gradients(
         return query_grad_QK + triton.dot(slope_QN.astype(key_NK.dtype), key_NK)
 
     zeros_QK = jnp.zeros((blocks.queries, width), jnp.float32)
-    num_blocks = jax.lax.div(length + (blocks.keys - 1), blocks.keys)
-    query_grad_QK = jax.lax.fori_loop(0, num_blocks, add, zeros_QK)
+    query_grad_QK = _over_keys(add, zeros_QK, length, blocks.keys)
     queries.store(grads_ref, query_grad_QK * (width**-0.5 / (1 - how.rate)), QUERY)
+
+
+def _over_keys(add, start, length, size: int):
+    """Blocks that are whole come first: those ask of no key whether it is there."""
+    num_whole = jax.lax.div(length, size)
+    num_blocks = jax.lax.div(length + (size - 1), size)
+    so_far = jax.lax.fori_loop(0, num_whole, functools.partial(add, is_whole=True), start)
+    return jax.lax.fori_loop(num_whole, num_blocks, functools.partial(add, is_whole=False), so_far)
 
 
 class _Part:

@@ -4,7 +4,8 @@
 #   launch/bench_gpu.sh              results in ./bench_out
 #   OUT=/results launch/bench_gpu.sh
 #   SMALL=1 launch/bench_gpu.sh      the same parts on a CPU, small: does the script work?
-#   PARTS=train-base ROWS=max ...    the largest batch, compiled twice; else 32 rows, of large 16
+#   PARTS=train-base ROWS=max ...    the largest batch, compiled twice; else 128 rows, of large 48,
+#                                    and half as many for the peers, which take twice the memory
 # PARTS=REGEX runs the parts whose names match. WHEELS=FOLDER installs the wheels there first, below
 # OUT: for a machine without a network.
 # Parts (launch/parts.sh) stand in the order of what is missed most.
@@ -57,9 +58,9 @@ raise SystemExit(losses[-1] >= losses[0])'
 export OUT STEPS
 export -f loop devices
 
-training() { # training WHO RUN LIMIT: one contender, a model at a time
+training() { # training WHO RUN LIMIT ROWS ROWS_OF_LARGE: one contender, a model at a time
     for config in $MODELS; do
-        [[ "$config" == *large* ]] && rows=16 || rows=32
+        [[ "$config" == *large* ]] && rows="$5" || rows="$4"
         # shellcheck disable=SC2086 # COMPILE is one option or none
         "$2" "train-$(basename "$config" .py)-${1%%,*}" "$3" training --config="$config" $COMPILE \
             --seconds="$SECONDS_LONG" --rows="${ROWS:-$rows}" --rounds="$ROUNDS" --only="$1"
@@ -67,14 +68,14 @@ training() { # training WHO RUN LIMIT: one contender, a model at a time
 }
 torch="${COMPILE:+, torch.compile}" FEW="${ROWS:-max}"
 part devices 60 devices
-training hubert_jax bench 150
-training "transformers$torch" peer 120
+training hubert_jax bench 150 128 48
+training "transformers$torch" peer 120 64 24
+training "torchaudio$torch" peer 120 64 24
 bench kmeans 150 kmeans --config=configs/base.py --frames="$FRAMES" --codebooks="$CODEBOOK" \
     --rounds=1 --only=hubert_jax
-part loop 120 loop
-training "torchaudio$torch" peer 120
-bench breakdown 120 breakdown --config="${MODELS%% *}" --seconds="$SECONDS_LONG" --rows="${FEW/max/24}"
 peer extraction 60 extraction --config="${MODELS%% *}" --seconds="$SECONDS_LONG" --rows="${FEW/max/16}"
+part loop 120 loop
+bench breakdown 120 breakdown --config="${MODELS%% *}" --seconds="$SECONDS_LONG" --rows="${FEW/max/24}"
 
 echo "$SECONDS s in all"
 column -t -s $'\t' "$SUMMARY"
