@@ -78,4 +78,4 @@ part loop 120 loop
 bench breakdown 120 breakdown --config="${MODELS%% *}" --seconds="$SECONDS_LONG" --rows="${FEW/max/24}"
 
 echo "$SECONDS s in all"
-column -t -s $'\t' "$SUMMARY"
+column -t -s $'\t' "$SUMMARY" 2>/dev/null || cat "$SUMMARY"

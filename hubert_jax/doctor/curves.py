@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """A running job: whether its loss is normal, alone and beside curves of our own runs.
 
-curves.json has runs of ours, [step, masked loss, masked accuracy] of training every 100 steps, with
-the recipe that decides them. A run of the same recipe is held against its curve, another one of
-base against what others report, and any run against what needs no model (labels.Guesses).
+curves.json has runs of ours, [step, masked loss, masked accuracy], and the recipes that decide
+them. A run of the same recipe is held against its curve; the same model on another schedule is told
+of it; base is held against what others report, and any run against what needs no model
+(labels.Guesses).
 """
 
 import importlib.resources
@@ -55,6 +56,9 @@ REPORTED = (
 )
 
 
+MODEL = ("kind", "width", "num_layers", "num_codes")  # of a recipe: all but its schedule
+
+
 def stored() -> list[dict[str, Any]]:
     text = importlib.resources.files("hubert_jax.doctor").joinpath("curves.json").read_text()
     return json.loads(text)
@@ -88,10 +92,16 @@ def expected(config, guesses: Guesses | None) -> Finding:
         words += f" {', '.join(points)} are reported ({theirs.source}{theirs.others})"
     else:
         words += "; there is no run of this recipe, ours or reported"
-        for near in REPORTED:
-            if all(near.recipe[field] == recipe(config)[field] for field in ("kind", "num_codes")):
-                words += f"; base had an accuracy of {near.points[-1][2]:.3f} with as many codes of"
-                words += f" the same kind ({near.source})"
+        if near := _near(config):
+            step, loss, accuracy = near["points"][-1]
+            words += (
+                f"; the same model on another schedule had {loss:.2f} and {accuracy:.3f} at step"
+            )
+            words += f" {step} ({near['name']})"
+        for base in REPORTED:
+            if all(base.recipe[field] == recipe(config)[field] for field in ("kind", "num_codes")):
+                words += f"; base had an accuracy of {base.points[-1][2]:.3f} with as many codes of"
+                words += f" the same kind ({base.source})"
     if guesses is not None:
         words += "; copying the nearest visible code gives an accuracy of"
         words += f" {guesses.copying:.3f} on these labels, and a model should end above that"
@@ -100,6 +110,14 @@ def expected(config, guesses: Guesses | None) -> Finding:
 
 def _ours(config) -> dict[str, Any] | None:
     return next((curve for curve in stored() if curve["recipe"] == recipe(config)), None)
+
+
+def _near(config) -> dict[str, Any] | None:
+    """Our run of the same model for the same kind of labels, on another schedule."""
+    found = recipe(config)
+    return next(
+        (x for x in stored() if all(x["recipe"][field] == found[field] for field in MODEL)), None
+    )
 
 
 def _theirs(config) -> Reported | None:
@@ -240,6 +258,10 @@ def _beside(title: str, config, last: Mapping[str, float], num_codes: int) -> Fi
         words = f"masked loss {loss:.2f} at step {step}, ours had {want:.2f} ({ours['name']})"
         is_look = loss - want > TOLERANCE * math.log(num_codes)
         return graded(f"{title}: beside ours", words, remedy, is_look=is_look)
+    if theirs is None and (near := _near(config)):
+        had = at(near["points"], step)
+        words = f"masked loss {loss:.2f} at step {step}; the same model on another schedule had"
+        return ok(what, f"{words} {had:.2f} ({near['name']})")
     if theirs is None:
         return ok(what, "there is no run of this recipe, ours or reported")
     passed = [point for point in theirs.points if point[0] <= step]

@@ -281,6 +281,20 @@ def test_a_run_of_our_own_recipe_is_held_against_our_curve():
     assert looked_at == ["curve it1: frequencies", "curve it1: beside ours"]
 
 
+@pytest.mark.parametrize(("num_steps", "level"), [(2_400, "look"), (100_000, "ok")])
+def test_the_same_model_on_another_schedule_is_told_of_our_curve(num_steps, level):
+    flags = [f"--config.train.num_steps={num_steps}", "--config.optim.warmup_steps=160"]
+    config = config_files.load(f"{DEMO.parent / 'small.py'}:it1", flags)
+    row = {
+        "step": 600, "train/masked_loss": 4.4, "train/masked_accuracy": 0.05,
+        "train/predicted_perplexity": 20.0, "train/label_perplexity": 77.0,
+        "train/audio_seconds": 8.0, "train/audio_seconds_per_second": 40.0,
+    }  # fmt: skip
+    *_, found = curves.of_metrics(config, [row], 100, None)
+    assert found.level == level and "masked loss 4.40 at step 600" in found.reason
+    assert "had 3.61" in found.reason  # between 3.643 at step 400 and 3.569 at step 800
+
+
 def test_what_to_expect_is_ours_or_reported_and_more_than_copying():
     configs = DEMO.parent
 
@@ -296,6 +310,7 @@ def test_what_to_expect_is_ours_or_reported_and_more_than_copying():
         assert "no run of this recipe" in said(name) and "copying" not in said(name)
         assert "visible code gives an accuracy of 0.162" in said(name, labels.Guesses(0.162, 4.3))
     assert "base had an accuracy of 0.390" in said("small.py:it1")
+    assert "another schedule had 3.57 and 0.164 at step 1200 (small" in said("small.py:it1")
     assert "base had an accuracy of 0.417" in said("large.py")
 
 
