@@ -10,9 +10,9 @@
 reads Libri-light's folders in data/librilight (flac); CHECKPOINTS are those of base's it2.
 On few devices a batch is worked off in parts: --config.train.accumulate=16 on eight GPUs of 80 GB.
 
-Expected time, from counting operations: a step is 860 TFLOP, so at 300 TFLOP/s, which one H200
-does with rows of 15.6 s (docs/PERFORMANCE.md), 400k steps take 13 days on one GPU; on eight 40
-hours and on 128 2.5 hours, neither measured. Scores of this stack: none measured yet.
+Expected time, from counting operations: a step is 860 TFLOP, so at 420 TFLOP/s, which one H200
+does with rows of 15.6 s (docs/PERFORMANCE.md), 400k steps take 9.5 days on one GPU; on eight 28
+hours and on 128 1.8 hours, neither measured. Scores of this stack: none measured yet.
 """
 
 from ml_collections import ConfigDict

@@ -12,9 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hubert_jax import convolutions, layers, positions, pretraining
+from hubert_jax import convolutions, layers, optim, positions, pretraining, train
 from hubert_jax.ops import frames
 from tests import tiny
+from tests.test_sharding import OPTIM, batch
 
 # As narrow as the kernels take it, and with everything that is dropped.
 WIDTHS = {
@@ -32,7 +33,7 @@ def config(kind: str, dtype: str):
 def loss_and_gradients(kind: str, dtype: str):
     model = tiny.model(config(kind, dtype))
     num_frames = frames.num_frames(NUM_SAMPLES)
-    batch = {
+    given = {
         "audio": 0.3 + jax.random.normal(jax.random.key(1), (2, NUM_SAMPLES)),
         "labels": jax.random.randint(jax.random.key(2), (2, num_frames, 1), 0, 12),
         "weights": jnp.ones(2),
@@ -41,7 +42,7 @@ def loss_and_gradients(kind: str, dtype: str):
     @jax.jit
     def run(model, batch):
         def total(model):
-            value = pretraining.loss(model, batch, jax.random.key(3), 5, config=LOSS, num_steps=10)
+            value = pretraining.loss(model, given, jax.random.key(3), 5, config=LOSS, num_steps=10)
             return value.total / value.weight
 
         return jax.value_and_grad(total)(model)
@@ -149,3 +150,15 @@ def test_what_is_kept_has_a_hash_of_at_least_the_rate(rate):
     np.testing.assert_array_equal(kept, hashed >= jnp.uint32(least))
     near = (hashed >> 16) == (least >> 16)
     assert near.any()
+
+
+def test_xla_knows_the_options_that_a_step_is_compiled_with_on_gpus(hopper):
+    """They are XLA's, whatever it compiles for; of others it knows nothing."""
+    model = tiny.model()
+    optimizer = optim.adamw(OPTIM, num_steps=10)
+    loss = functools.partial(pretraining.loss, config=LOSS, num_steps=10)
+    step = train.make_step(loss, optimizer, accumulate=1)
+    state = train.init_state(model, optimizer)
+    assert int(step(state, batch(), jax.random.key(0))[0].step) == 1
+    with pytest.raises(jax.errors.JaxRuntimeError, match="xla_gpu_enable_triton_gems"):
+        jax.jit(jnp.sin, compiler_options={"xla_gpu_enable_triton_gems": False})(1.0)
