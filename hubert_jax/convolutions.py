@@ -15,13 +15,12 @@ from hubert_jax.layers import (
     NORM_EPS,
     gelu,
     gelu_and_slope,
-    has_triton,
+    has_kernels,
     one_by_one,
     torch_uniform,
 )
-from hubert_jax.sharding import cuda_capability, on_own_rows
+from hubert_jax.sharding import on_own_rows
 
-HOPPER = 9.0  # the NVIDIA GPUs whose shared memory and tensor cores the kernels are cut for
 ALIGNED = 16  # frames: what cuBLAS' kernels want of all sizes, and would else copy for
 STRETCH = 2048  # frames whose group norm is summed at a time: 4 MB of 512 channels
 
@@ -64,7 +63,7 @@ def strided_conv(x_BTC, kernel, stride: int):
     multiplies with the zeros between the strides; here it is one plain convolution for each phase
     of the stride. docs/LOG.md has the times.
     """
-    if kernel.shape[0] != stride or has_kernels(x_BTC, kernel):
+    if kernel.shape[0] != stride or fits_kernels(x_BTC, kernel):
         return _forward(x_BTC, kernel, stride)
     # Without gradients, a product: XLA on CPU sums the convolution of a few frames in another order
     # where it has many threads, and an utterance alone would not be the one in a batch.
@@ -77,17 +76,13 @@ def conv_of_gelu(x_BTC, kernel, stride: int):
     return strided_conv(gelu(x_BTC), kernel, stride)
 
 
-def has_kernels(x, kernel_KCD, *, seen: int = 2) -> bool:
-    """Whether the kernels of strided.py compute this, on a Hopper GPU.
-
-    Of the kernel's widths, the last `seen` have to fit their blocks.
-    """
-    is_hopper = HOPPER <= cuda_capability() < HOPPER + 1
-    return is_hopper and has_triton(x.dtype) and not any(n % 128 for n in kernel_KCD.shape[-seen:])
+def fits_kernels(x, kernel_KCD) -> bool:
+    """Whether the kernels of strided.py compute it."""
+    return has_kernels(x.dtype) and not any(width % 128 for width in kernel_KCD.shape[1:])
 
 
 def _forward(x_BTC, kernel, stride: int):
-    if has_kernels(x_BTC, kernel):
+    if fits_kernels(x_BTC, kernel):
         from hubert_jax import strided  # needs Pallas' Triton, which only GPUs do
 
         conv = functools.partial(strided.output, stride=stride)
@@ -132,7 +127,7 @@ def _gradients_of_both(stride: int, saved, grad_BTD):
 
 def _gradients(stride: int, x_BTC, slope_BTC, kernel, grad_BTD):
     """For what made x_BTC, whose slope there is slope_BTC (None: x itself), and for the kernel."""
-    if slope_BTC is not None and has_kernels(x_BTC, kernel):
+    if slope_BTC is not None and fits_kernels(x_BTC, kernel):
         return _gradients_by_kernels(stride, x_BTC, slope_BTC, kernel, grad_BTD)
 
     def of_kernel(form, grad_BTD, x_BTC):
@@ -217,7 +212,7 @@ strided_conv.defvjp(
 
 
 def _forward_of_both(x_BTC, kernel, stride: int):
-    if has_kernels(x_BTC, kernel):
+    if fits_kernels(x_BTC, kernel):
         seen_BTC, slope_BTC = on_own_rows(_gelu_by_kernel, x_BTC)
     else:
         seen_BTC, slope_BTC = gelu_and_slope(x_BTC)
@@ -243,7 +238,7 @@ class GroupNorm(nnx.Module):
         """What `conv`, whose bias the norm takes away, makes of (B, S), normalised: (B, T, C).
 
         With `lengths_B`, only the first `lengths_B` frames of each row count. Frames may follow
-        that no sample is in, up to a multiple of ALIGNED.
+        that are not whole, up to a multiple of ALIGNED.
         """
         kernel_KC = conv.kernel[...][:, 0]
         taps, stride, dtype = len(kernel_KC), conv.stride, wave_BS.dtype
@@ -251,7 +246,7 @@ class GroupNorm(nnx.Module):
         num_frames = (num_samples - taps) // stride + 1
         if lengths_B is None:
             lengths_B = jnp.full(batch, num_frames)
-        is_aligned = has_kernels(wave_BS, conv.kernel[...], seen=1)
+        is_aligned = has_kernels(dtype)
         if is_aligned:
             missing = taps + (num_frames - 1 + -num_frames % ALIGNED) * stride - num_samples
             wave_BS = jnp.pad(wave_BS, ((0, 0), (0, max(0, missing))))
@@ -285,17 +280,16 @@ class GroupNorm(nnx.Module):
 def _mean_and_variance(windows_TK, weights_T1, kernel_KC, dtype):
     """The windows' mean, (K,), and the variance of what the kernel makes of them, (C,).
 
-    Elsewhere than on a CPU and in less than float32, both come from sums over the windows and of
-    their K x K products, which are the same for all channels. Where a kernel lets little of the
-    samples through, that loses some of float32's digits, but fewer than products of bfloat16.
+    On NVIDIA's GPUs, in less than float32, both come from sums over the windows and of their K x K
+    products, which are the same for all channels. Where a kernel lets little of the samples
+    through, that loses some of float32's digits, but fewer than products of bfloat16.
     """
-
+    by_channel = functools.partial(_by_channel, dtype=dtype)
     if dtype == jnp.float32:
-        return _by_channel(windows_TK, weights_T1, kernel_KC, dtype=dtype)
+        return by_channel(windows_TK, weights_T1, kernel_KC)
     return jax.lax.platform_dependent(
-        windows_TK, weights_T1, kernel_KC,
-        cpu=functools.partial(_by_channel, dtype=dtype), default=_by_products,
-    )  # fmt: skip
+        windows_TK, weights_T1, kernel_KC, cuda=_by_products, default=by_channel
+    )
 
 
 def _by_channel(windows_TK, weights_T1, kernel_KC, *, dtype):
@@ -311,7 +305,8 @@ def _by_products(windows_TK, weights_T1, kernel_KC):
     mean_K = jnp.sum(windows_TK * weights_T1, axis=0)
     centred = _stretches((windows_TK - mean_K) * jnp.sqrt(weights_T1))
     sums_KK = jnp.sum(product(centred.swapaxes(1, 2), centred), axis=0)
-    return mean_K, jnp.sum(kernel_KC * product(sums_KK, kernel_KC), axis=0)
+    variance_C = jnp.sum(kernel_KC * product(sums_KK, kernel_KC), axis=0)
+    return mean_K, jnp.maximum(variance_C, 0)  # what cancels may be less
 
 
 def _windows(wave_BS, kernel: int, stride: int):

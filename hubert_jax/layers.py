@@ -3,7 +3,7 @@
 
 Flax's own differ: its gelu is the tanh form, its norms have eps 1e-6, its kernels start as LeCun's.
 
-B batch, S samples, T frames, C channels, D channels of an output, K taps
+B batch, T frames, N rows, D width
 """
 
 import importlib.util
@@ -16,13 +16,19 @@ from flax import nnx
 from hubert_jax.sharding import cuda_capability, on_own_rows, ways
 
 NORM_EPS = 1e-5  # of every norm in the model
-AMPERE = 8.0  # the first of NVIDIA's GPUs that our kernels are for
+AMPERE, HOPPER = 8.0, 9.0  # NVIDIA's GPUs by their compute capability
 
 
 def has_triton(dtype) -> bool:
-    """Whether our kernels are there: bfloat16 on one of NVIDIA's GPUs, from Ampere on."""
-    is_there = importlib.util.find_spec("jax.experimental.pallas.triton") is not None
-    return dtype == jnp.bfloat16 and cuda_capability() >= AMPERE and is_there  # jax may drop it
+    """Whether Pallas' Triton is there for it: bfloat16 on one of NVIDIA's GPUs, from Ampere on."""
+    if dtype != jnp.bfloat16 or cuda_capability() < AMPERE:
+        return False
+    return importlib.util.find_spec("jax.experimental.pallas.triton") is not None  # jax may drop it
+
+
+def has_kernels(dtype) -> bool:
+    """Whether our kernels take the place of XLA's: on Hopper, where that was measured."""
+    return has_triton(dtype) and HOPPER <= cuda_capability() < HOPPER + 1
 
 
 class Linear(nnx.Module):
@@ -42,7 +48,7 @@ class Linear(nnx.Module):
     def gelu(self, x):
         """gelu(self(x)), for which GPUs add the bias on the way."""
         width = self.kernel[...].shape[-1]
-        if not has_triton(x.dtype) or width % 128 or ways("ffn") > 1:
+        if not has_kernels(x.dtype) or width % 128 or ways("ffn") > 1:
             return gelu(self(x))
         from hubert_jax import gelus  # needs Pallas' Triton, which only GPUs do
 
@@ -79,7 +85,7 @@ class LayerNorm(nnx.Module):
 
     def of_sum(self, x, branch=None, *, rate: float = 0.0, key=None):
         """Of x + dropout(branch, rate, key), which GPUs compute on the way."""
-        if has_triton(x.dtype):
+        if has_kernels(x.dtype):
             return self._by_kernel(x, branch, rate if key is not None else 0.0, key)
         if branch is not None:
             x = x + dropout(branch, rate, key)
@@ -236,7 +242,7 @@ def gelu_and_slope(x):
 
 
 def _phi(x, bell):
-    """The normal distribution's, off by 1e-7 at most, from the exponential that its density needs:
+    """The normal distribution's, off by 5e-7 at most, from the exponential that its density needs:
     a GPU's memory need not wait for it as it does for erf.
 
     Source: Abramowitz and Stegun, 7.1.26.

@@ -24,6 +24,7 @@ ROWS, ROWS_BACK = 4, 2  # of a block, forwards and backwards
 class _How(NamedTuple):
     rate: float
     interpret: bool
+    is_alone: bool  # no branch
 
 
 def layer_norm(
@@ -35,31 +36,36 @@ def layer_norm(
     `bits_N` are `layers.bits_of_rows` of the branch's rows: with a rate, what `layers.dropout`
     drops is dropped.
     """
-    return _layer_norm(_How(rate, interpret), x_ND, branch_ND, bits_N, scale_D, bias_D)
+    how = _How(rate, interpret, is_alone=branch_ND is None)
+    return _layer_norm(how, x_ND, branch_ND, bits_N, scale_D, bias_D)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _layer_norm(how, x_ND, branch_ND, bits_N, scale_D, bias_D):
-    return _forward(how, x_ND, branch_ND, bits_N, scale_D, bias_D)[0]
+    return _normed_and_sum(how, x_ND, branch_ND, bits_N, scale_D, bias_D, num_outputs=1)[0]
 
 
-def _forward(how, x_ND, branch_ND, bits_N, scale_D, bias_D):
-    is_alone = branch_ND is None
-    normed_ND, *sums = blocks.call(
+def _normed_and_sum(how, x_ND, branch_ND, bits_N, scale_D, bias_D, *, num_outputs: int):
+    return blocks.call(
         functools.partial(_normalise, rate=how.rate),
         (pl.cdiv(len(x_ND), ROWS),),
         [x_ND, branch_ND, bits_N, scale_D[None], bias_D[None]],
-        [(x_ND.shape, x_ND.dtype)] * (1 if is_alone else 2),
+        [(x_ND.shape, x_ND.dtype)] * num_outputs,
         interpret=how.interpret,
     )
-    return normed_ND, ((sums or [x_ND])[0], bits_N, scale_D, is_alone)
+
+
+def _forward(how, x_ND, *args):
+    normed_ND, *sums = _normed_and_sum(how, x_ND, *args, num_outputs=1 if how.is_alone else 2)
+    _, bits_N, scale_D, _ = args
+    return normed_ND, ((sums or [x_ND])[0], bits_N, scale_D)
 
 
 def _backward(how, saved, grad_ND):
-    sum_ND, bits_N, scale_D, is_alone = saved
+    sum_ND, bits_N, scale_D = saved
     num_rows, width = sum_ND.shape
     num_programs = min(blocks.PROGRAMS, pl.cdiv(num_rows, ROWS_BACK))
-    drops = not is_alone and how.rate > 0
+    drops = not how.is_alone and how.rate > 0
     scales_PD, biases_PD, grad_x_ND, *dropped = blocks.call(
         functools.partial(_norm_gradients, rate=how.rate, num_programs=num_programs),
         (num_programs,),
@@ -68,7 +74,7 @@ def _backward(how, saved, grad_ND):
         + [(sum_ND.shape, sum_ND.dtype)] * (2 if drops else 1),
         interpret=how.interpret,
     )
-    grad_branch_ND = None if is_alone else (dropped or [grad_x_ND])[0]
+    grad_branch_ND = None if how.is_alone else (dropped or [grad_x_ND])[0]
     return grad_x_ND, grad_branch_ND, None, jnp.sum(scales_PD, 0), jnp.sum(biases_PD, 0)
 
 
@@ -83,7 +89,8 @@ def _normalise(inputs, outputs, *, rate: float):
     if branch_ref is not None:
         x_RW += block.load(branch_ref) * _factors(block, bits_ref, rate)
         x_RW = x_RW.astype(x_ref.dtype).astype(jnp.float32)
-        block.store(sums[0], x_RW)
+        if sums:
+            block.store(sums[0], x_RW)
     normed_RW, _ = _normed(block, x_RW)
     block.store(normed_ref, normed_RW * block.row(scale_ref) + block.row(bias_ref))
 

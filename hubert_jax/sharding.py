@@ -102,11 +102,11 @@ def islands(devices: Sequence[Any]) -> tuple[int, str]:
 def cuda_capability() -> float:
     """The compute capability of an NVIDIA GPU, such as 9.0; 0 of whatever else the first device is.
 
-    AMD's GPUs have one that is no number, such as "gfx942".
+    AMD's GPUs have one that is no number, such as "gfx942"; there may be no device at all.
     """
     try:
         return float(getattr(jax.local_devices()[0], "compute_capability", ""))
-    except ValueError:
+    except (ValueError, IndexError):
         return 0.0
 
 

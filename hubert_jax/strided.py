@@ -59,7 +59,8 @@ def output(x_BTC, kernel_KCD, *, stride: int, tiles: Tiles = FOR_OUTPUT, interpr
         triton.store(part, sum_MN.astype(y_ref.dtype), mask=(place_M < num_out)[:, None])
 
     like = jax.ShapeDtypeStruct((batch, num_out, width_out), x_BTC.dtype)
-    return _call(kernel, grid, tiles, like, interpret, "conv", _flat(x_BTC), _matrix(kernel_KCD))
+    args = [_flat(x_BTC), _matrix(kernel_KCD)]
+    return _call(kernel, grid, tiles, like, interpret, "conv", args, shared=1)
 
 
 def input_gradient(
@@ -74,7 +75,7 @@ def input_gradient(
     grid = (step // tiles.columns, pl.cdiv(pl.cdiv(num_frames, stride), tiles.rows), batch)
     chunks = width_out // tiles.depth
 
-    def kernel(grad_ref, kernel_ref, slope_ref, out_ref):
+    def kernel(grad_ref, slope_ref, kernel_ref, out_ref):
         first = pl.program_id(0) * tiles.columns  # among the channels of `stride` frames
         phase = jax.lax.div(first, width)
         place_M = _places(pl.program_id(1), tiles.rows)
@@ -111,8 +112,9 @@ def input_gradient(
 
     slope_BX = _flat(slope_BTC)
     like = jax.ShapeDtypeStruct(slope_BX.shape, grad_BSD.dtype)
-    args = _flat(grad_BSD), _matrix(kernel_KCD), slope_BX
-    return _call(kernel, grid, tiles, like, interpret, "conv_input", *args).reshape(slope_BTC.shape)
+    args = [_flat(grad_BSD), slope_BX, _matrix(kernel_KCD)]
+    grad_BX = _call(kernel, grid, tiles, like, interpret, "conv_input", args, shared=1)
+    return grad_BX.reshape(slope_BTC.shape)
 
 
 def kernel_gradient(
@@ -143,7 +145,8 @@ def kernel_gradient(
         triton.store(out_ref.at[pl.ds(pl.program_id(1) * tiles.rows, tiles.rows), column], sum_MN)
 
     like = jax.ShapeDtypeStruct((batch, taps * width, width_out), jnp.float32)
-    grads = _call(kernel, grid, tiles, like, interpret, "conv_kernel", _flat(x_BTC), grad_BSD)
+    args = [_flat(x_BTC), grad_BSD]
+    grads = _call(kernel, grid, tiles, like, interpret, "conv_kernel", args, shared=0)
     return grads.reshape(batch, taps, width, width_out)
 
 
@@ -170,23 +173,23 @@ def _matrix(kernel_KCD):
     return kernel_KCD.reshape(-1, kernel_KCD.shape[-1])
 
 
-def _call(kernel, grid, tiles: Tiles, like, interpret: bool, name: str, *args):
-    """A row of the batch at a time, the last axis of the grid; what is a matrix is whole."""
+def _call(kernel, grid, tiles: Tiles, like, interpret: bool, name: str, args, *, shared: int):
+    """A row of the batch at a time, the grid's last axis; the last `shared` args are for all."""
 
-    def spec(shape, of_row: bool):
-        if not of_row:
-            return pl.BlockSpec(shape, lambda *_: (0,) * len(shape))
+    def whole(shape):
+        return pl.BlockSpec(shape, lambda *_: (0,) * len(shape))
+
+    def of_row(shape):
         return pl.BlockSpec((None, *shape[1:]), lambda *at: (at[-1], *(0,) * (len(shape) - 1)))
 
+    num_rows = len(args) - shared
     varying = jax.typeof(args[0]).manual_axis_type  # over which axes of a shard_map
-    like = jax.ShapeDtypeStruct(like.shape, like.dtype, manual_axis_type=varying)
-    of_row = [True, len(args) < 2 or args[1].ndim > 2, True][: len(args)]
     return pl.pallas_call(
         kernel,
         grid=grid,
-        in_specs=[spec(x.shape, each) for x, each in zip(args, of_row, strict=True)],
-        out_specs=spec(like.shape, True),
-        out_shape=like,
+        in_specs=[(of_row if i < num_rows else whole)(x.shape) for i, x in enumerate(args)],
+        out_specs=of_row(like.shape),
+        out_shape=jax.ShapeDtypeStruct(like.shape, like.dtype, manual_axis_type=varying),
         compiler_params=triton.CompilerParams(
             num_warps=tiles.num_warps, num_stages=tiles.num_stages
         ),

@@ -15,11 +15,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from hubert_jax import stopping
+from hubert_jax import sharding, stopping
 
 # Products by cuBLAS alone, which adds a bias on the way; XLA's own would be tried out beside them,
 # which doubles the time that compiling takes (docs/LOG.md).
-ON_GPUS = {"xla_gpu_enable_triton_gemm": False}
+HOPPER, ON_HOPPER = 9.0, {"xla_gpu_enable_triton_gemm": False}
 
 
 class State(NamedTuple):
@@ -103,7 +103,7 @@ def make_step(loss: LossFunction, optimizer: optax.GradientTransformation, *, ac
         metrics["skipped"] = ((~is_finite).astype(jnp.float32), 1.0)
         return State(state.step + 1, model, opt_state), metrics
 
-    options = ON_GPUS if jax.default_backend() == "gpu" else None
+    options = ON_HOPPER if sharding.cuda_capability() >= HOPPER else None
     return jax.jit(step, donate_argnums=0, compiler_options=options)
 
 

@@ -4,8 +4,7 @@
 #   launch/bench_gpu.sh              results in ./bench_out
 #   OUT=/results launch/bench_gpu.sh
 #   SMALL=1 launch/bench_gpu.sh      the same parts on a CPU, small: does the script work?
-#   PARTS=train-base ROWS=max ...    the largest batch, compiled twice; else 128 rows, of large 48,
-#                                    and half as many for the peers, which take twice the memory
+#   PARTS=train-base ROWS=max ...    the largest batch, compiled twice; else 128, large 48, peers half
 # PARTS=REGEX runs the parts whose names match. WHEELS=FOLDER installs the wheels there first, below
 # OUT: for a machine without a network.
 # Parts (launch/parts.sh) stand in the order of what is missed most.

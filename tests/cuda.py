@@ -5,11 +5,7 @@ import types
 
 import jax
 import pytest
-from jax._src.pallas.triton import lowering
-from jax.experimental import pallas as pl
 from jax.sharding import AbstractDevice, AbstractMesh
-
-from hubert_jax import flash, sharding
 
 GPU = AbstractDevice(device_kind="NVIDIA H200", num_cores=132, platform="gpu")
 SHARDS = (2, 2), ("data", "tensor"), (jax.sharding.AxisType.Auto,) * 2
@@ -18,14 +14,23 @@ SHARDS = (2, 2), ("data", "tensor"), (jax.sharding.AxisType.Auto,) * 2
 @pytest.fixture
 def hopper(monkeypatch):
     """What asks for the GPU is told of one; what is then lowered is still for the CPU."""
-    device = types.SimpleNamespace(compute_capability="9.0")
-    monkeypatch.setattr(sharding.jax, "local_devices", lambda: [device])
+
+    def local_devices(*, backend=None):
+        if backend is not None:
+            raise RuntimeError("there is none: Pallas then asks the abstract mesh")
+        return [types.SimpleNamespace(compute_capability="9.0")]
+
+    monkeypatch.setattr(jax, "local_devices", local_devices)
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
 
 
 @pytest.fixture
 def interpreted(monkeypatch):
     """Kernels run, slowly, on the CPU; the names of those that did."""
+    from jax.experimental import pallas as pl
+
+    from hubert_jax import flash
+
     call, names = pl.pallas_call, set()
 
     def interpret(*args, **options):
@@ -40,6 +45,8 @@ def interpreted(monkeypatch):
 @pytest.fixture
 def checked_kernels(monkeypatch):
     """Kernels whose code has been verified, which otherwise only the GPU's compiler does."""
+    from jax._src.pallas.triton import lowering  # jax may drop it, and the other tests run on
+
     lower = lowering.lower_jaxpr_to_triton_module
     kernels = []
 

@@ -59,9 +59,10 @@ def device(capability: str):
     ("backend", "capability", "dtype", "has_dropout", "want"),
     [
         ("gpu", "9.0", "bfloat16", False, "kernels"),
-        ("gpu", "8.0", "bfloat16", False, "kernels"),
-        ("gpu", "10.3", "bfloat16", False, "kernels"),
+        ("gpu", "8.0", "bfloat16", False, "cudnn"),
+        ("gpu", "10.3", "bfloat16", False, "cudnn"),
         ("gpu", "9.0", "bfloat16", True, "kernels"),
+        ("gpu", "8.0", "bfloat16", True, "kernels"),
         ("gpu", "9.0", "float32", True, "plain"),
         ("gpu", "7.5", "bfloat16", True, "plain"),
         ("gpu", "9.0", "float32", False, "plain"),
@@ -80,7 +81,7 @@ def test_what_a_platform_gets(backend, capability, dtype, has_dropout, want, mon
 
     assert by(64) == want
     assert by(12) == by(136) == "plain"
-    assert by(80) == ("cudnn" if want == "kernels" and not has_dropout else "plain")
+    assert by(80) == ("plain" if want == "plain" or has_dropout else "cudnn")
 
 
 @pytest.mark.parametrize(

@@ -6,16 +6,17 @@ B batch, S samples, T frames
 
 import dataclasses
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hubert_jax import convolutions, layers, optim, positions, pretraining, train
+from hubert_jax import optim, pretraining, train
 from hubert_jax.ops import frames
-from tests import tiny
-from tests.test_sharding import OPTIM, batch
+from tests import test_sharding, tiny
+from tests.cuda import lowered
 
 # As narrow as the kernels take it, and with everything that is dropped.
 WIDTHS = {
@@ -33,21 +34,21 @@ def config(kind: str, dtype: str):
 def loss_and_gradients(kind: str, dtype: str):
     model = tiny.model(config(kind, dtype))
     num_frames = frames.num_frames(NUM_SAMPLES)
-    given = {
+    batch = {
         "audio": 0.3 + jax.random.normal(jax.random.key(1), (2, NUM_SAMPLES)),
         "labels": jax.random.randint(jax.random.key(2), (2, num_frames, 1), 0, 12),
         "weights": jnp.ones(2),
     }
 
     @jax.jit
-    def run(model, batch):
+    def run(model):
         def total(model):
-            value = pretraining.loss(model, given, jax.random.key(3), 5, config=LOSS, num_steps=10)
+            value = pretraining.loss(model, batch, jax.random.key(3), 5, config=LOSS, num_steps=10)
             return value.total / value.weight
 
         return jax.value_and_grad(total)(model)
 
-    loss, grads = run(model, batch)
+    loss, grads = run(model)
     return float(loss), {jax.tree_util.keystr(k): g for k, g in jax.tree.leaves_with_path(grads)}
 
 
@@ -101,64 +102,66 @@ def test_features_of_padded_rows_too(request):
     jax.clear_caches()
 
 
-@pytest.mark.parametrize("taps", [10, 15])
-def test_a_variance_is_the_same_from_sums_over_windows(taps):
-    keys = jax.random.split(jax.random.key(0), 2)
-    windows_TK = 0.5 + jax.random.normal(keys[0], (convolutions.STRETCH + 77, taps))
-    kernel_KC = jax.random.normal(keys[1], (taps, 8)) * jnp.geomspace(1e-2, 1e2, 8)
-    weights_T1 = jnp.where(jnp.arange(len(windows_TK)) < 2_000, 1 / 2_000, 0)[:, None]
+@pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated")
+@pytest.mark.parametrize("sizes", [(2, 2, 2), (4, 2, 1)])
+def test_on_a_mesh_each_device_runs_the_kernels_on_its_rows(sizes, hopper, checked_kernels):
+    """With all checks of what varies over devices; of 8 rows, each has `share`."""
+    mesh = sizes, ("data", "fsdp", "tensor"), (jax.sharding.AxisType.Auto,) * 3
+    model = jax.eval_shape(lambda: tiny.model(config("base", "bfloat16")))
+    share = 8 // (sizes[0] * sizes[1])
 
-    def statistics(how):
-        def total(kernel_KC):
-            mean_K, variance_C = how(windows_TK, weights_T1, kernel_KC)
-            return jnp.sum(jnp.log(variance_C)), (mean_K, variance_C)
+    def total(model, audio_BS):
+        mask_BT = jnp.zeros((8, frames.num_frames(NUM_SAMPLES)), bool)
+        logits, penalty = model(audio_BS, mask_BT, key=jax.random.key(3))
+        return jnp.sum(logits[0].astype(jnp.float32)) + penalty
 
-        grad_KC, both = jax.grad(total, has_aux=True)(kernel_KC)
-        return *both, grad_KC
-
-    by_channel = functools.partial(convolutions._by_channel, dtype=jnp.float32)
-    for got, want in zip(
-        statistics(convolutions._by_products), statistics(by_channel), strict=True
-    ):
-        np.testing.assert_allclose(got, want, rtol=2e-5, atol=1e-6)
-
-
-def test_a_position_convolution_by_places_is_the_one_by_pieces(monkeypatch):
-    position = positions.PositionConv(tiny.BASE, key=jax.random.key(0))
-    x_BTD = jax.random.normal(jax.random.key(1), (2, 77, tiny.BASE.width))
-    grad_BTD = jnp.sin(jnp.arange(x_BTD.size).reshape(x_BTD.shape))
-
-    def with_gradients():
-        y_BTD, pull = jax.vjp(position._convolve, x_BTD, position.weight())
-        return y_BTD, *pull(grad_BTD)
-
-    want = with_gradients()
-    monkeypatch.setattr(jax.lax, "platform_dependent", lambda *args, cuda, default: cuda(*args))
-    for a, b in zip(with_gradients(), want, strict=True):
-        np.testing.assert_allclose(a, b, rtol=0, atol=2e-6 * jnp.abs(b).max())
+    audio_BS = jax.ShapeDtypeStruct((8, NUM_SAMPLES), jnp.float32)
+    text = lowered(jax.grad(total), model, audio_BS, mesh=mesh)
+    calls = re.findall(r"xla\.gpu\.triton\(.*: \((.*)\) -> ", text)
+    assert len(calls) == len(checked_kernels) > 40
+    lengths = [1408, *frames.conv_lengths(NUM_SAMPLES)]  # the first is a multiple of 16
+    firsts = {int(re.search(r"tensor<(\d+)x(?:\d+x)+bf16>", operands)[1]) for operands in calls}
+    assert firsts <= {share} | {share * length for length in lengths}
 
 
-@pytest.mark.parametrize("rate", [0.1, 0.3, 1e-9, 2**-16, 0.5])
-def test_what_is_kept_has_a_hash_of_at_least_the_rate(rate):
-    """Compared before the hash's last step, but the same; also where the upper halves agree."""
-    golden, least = 0x9E3779B9, round(rate * 2**32)
-    keys = jax.random.split(jax.random.key(0), 2)
-    row_bits = jax.random.bits(keys[0], (1000, 1))
-    column = jnp.arange(1000, dtype=jnp.uint32)[None, :]
-    hashed = layers._hash(row_bits + column * jnp.uint32(golden))
-    kept = layers.is_kept(row_bits, column, rate)
-    np.testing.assert_array_equal(kept, hashed >= jnp.uint32(least))
-    near = (hashed >> 16) == (least >> 16)
-    assert near.any()
+@pytest.mark.parametrize(
+    "options", [{"unroll": "no", "remat": "dots"}, {"layer_drop": 0.3}, {"remat": "layer"}], ids=str
+)
+def test_scanned_dropped_or_made_again_the_layers_are_the_same(options, request):
+    """Kernels within a scan, a cond and jax.checkpoint."""
+    plain = dataclasses.replace(config("base", "bfloat16"), **options | {"remat": "none"})
+    other = dataclasses.replace(config("base", "bfloat16"), **options)
+    request.getfixturevalue("hopper")
+    names = request.getfixturevalue("interpreted")
+    x_BTD = jax.random.normal(jax.random.key(1), (2, 21, 64), jnp.bfloat16)
+
+    def gradients(config):
+        encoder = tiny.model(config).encoder
+
+        @jax.jit
+        def run(encoder, x_BTD):
+            def total(encoder, x_BTD):
+                y_BTD = encoder._run_layers(x_BTD, None, None, jax.random.key(2))
+                return jnp.sum(jnp.sin(y_BTD.astype(jnp.float32)))
+
+            return jax.grad(total, argnums=(0, 1))(encoder, x_BTD)
+
+        grads, grad_BTD = run(encoder, x_BTD)
+        return jnp.concatenate([g.ravel() for g in jax.tree.leaves(grads.layers)]), grad_BTD
+
+    looped = dataclasses.replace(plain, unroll="yes")
+    for a, b in zip(gradients(other), gradients(looped), strict=True):
+        assert error(a.astype(jnp.float32), b.astype(jnp.float32)) < 0.02
+    assert {"mix", "normalise", "norm_gradients", "gelu_of_sum", "gelu_gradient"} <= names
 
 
 def test_xla_knows_the_options_that_a_step_is_compiled_with_on_gpus(hopper):
     """They are XLA's, whatever it compiles for; of others it knows nothing."""
     model = tiny.model()
-    optimizer = optim.adamw(OPTIM, num_steps=10)
+    optimizer = optim.adamw(test_sharding.OPTIM, num_steps=10)
     loss = functools.partial(pretraining.loss, config=LOSS, num_steps=10)
     step = train.make_step(loss, optimizer, accumulate=1)
     state = train.init_state(model, optimizer)
-    assert int(step(state, batch(), jax.random.key(0))[0].step) == 1
+    assert int(step(state, test_sharding.batch(), jax.random.key(0))[0].step) == 1
     with pytest.raises(jax.errors.JaxRuntimeError, match="xla_gpu_enable_triton_gems"):
         jax.jit(jnp.sin, compiler_options={"xla_gpu_enable_triton_gems": False})(1.0)

@@ -253,15 +253,20 @@ def _beside(title: str, config, last: Mapping[str, float], num_codes: int) -> Fi
     step, loss = int(last["step"]), last["train/masked_loss"]
     accuracy = last["train/masked_accuracy"]
     ours, theirs = _ours(config), _theirs(config)
+    curve = ours or (None if theirs else _near(config))
+    if curve is not None and step > curve["points"][-1][0]:
+        return ok(
+            what, f"at step {step}; ours ends at step {curve['points'][-1][0]} ({curve['name']})"
+        )
     if ours is not None:
         want = at(ours["points"], step)
         words = f"masked loss {loss:.2f} at step {step}, ours had {want:.2f} ({ours['name']})"
         is_look = loss - want > TOLERANCE * math.log(num_codes)
         return graded(f"{title}: beside ours", words, remedy, is_look=is_look)
-    if theirs is None and (near := _near(config)):
-        had = at(near["points"], step)
+    if curve is not None:
+        had = at(curve["points"], step)
         words = f"masked loss {loss:.2f} at step {step}; the same model on another schedule had"
-        return ok(what, f"{words} {had:.2f} ({near['name']})")
+        return ok(what, f"{words} {had:.2f} ({curve['name']})")
     if theirs is None:
         return ok(what, "there is no run of this recipe, ours or reported")
     passed = [point for point in theirs.points if point[0] <= step]

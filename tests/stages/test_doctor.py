@@ -292,7 +292,9 @@ def test_the_same_model_on_another_schedule_is_told_of_our_curve(num_steps, leve
     }  # fmt: skip
     *_, found = curves.of_metrics(config, [row], 100, None)
     assert found.level == level and "masked loss 4.40 at step 600" in found.reason
-    assert "had 3.61" in found.reason  # between 3.643 at step 400 and 3.569 at step 800
+    assert "had 3.37" in found.reason
+    *_, late = curves.of_metrics(config, [row | {"step": 900}], 100, None)
+    assert late.level == "ok" and "ours ends at step 799" in late.reason
 
 
 def test_what_to_expect_is_ours_or_reported_and_more_than_copying():
@@ -310,7 +312,7 @@ def test_what_to_expect_is_ours_or_reported_and_more_than_copying():
         assert "no run of this recipe" in said(name) and "copying" not in said(name)
         assert "visible code gives an accuracy of 0.162" in said(name, labels.Guesses(0.162, 4.3))
     assert "base had an accuracy of 0.390" in said("small.py:it1")
-    assert "another schedule had 3.57 and 0.164 at step 1200 (small" in said("small.py:it1")
+    assert "another schedule had 3.21 and 0.217 at step 799 (small" in said("small.py:it1")
     assert "base had an accuracy of 0.417" in said("large.py")
 
 
