@@ -102,12 +102,12 @@ class LayerNorm(nnx.Module):
             bits = bits_of_rows(_row_numbers(x.shape), seeds_2)[..., 0]
 
         def norm(rows, scale, bias):
-            x, *_ = rows
-            x_ND, branch_ND = (y if y is None else y.reshape(-1, y.shape[-1]) for y in rows[:2])
-            bits_N = rows[2] if rows[2] is None else rows[2].reshape(-1)
-            return norms.layer_norm(x_ND, scale, bias, branch_ND, bits_N, rate=rate).reshape(
-                x.shape
+            shape = rows[0].shape
+            x_ND, branch_ND, bits_N = (
+                y if y is None else y.reshape(-1, *y.shape[len(shape) - 1 :]) for y in rows
             )
+            y_ND = norms.layer_norm(x_ND, scale, bias, branch_ND, bits_N, rate=rate)
+            return y_ND.reshape(shape)
 
         return on_own_rows(norm, (x, branch, bits), self.scale[...], self.bias[...])
 

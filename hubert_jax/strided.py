@@ -43,20 +43,19 @@ def output(x_BTC, kernel_KCD, *, stride: int, tiles: Tiles = FOR_OUTPUT, interpr
     step = stride * width
 
     def kernel(x_ref, kernel_ref, y_ref):
-        first = pl.program_id(0) * tiles.columns
+        columns = pl.ds(pl.program_id(0) * tiles.columns, tiles.columns)
+        rows = pl.ds(pl.program_id(1) * tiles.rows, tiles.rows)
         place_M = _places(pl.program_id(1), tiles.rows)
         start_M1 = (jnp.minimum(place_M, num_out - 1) * step)[:, None]
 
         def add(index, sum_MN):
             x_MJ = triton.load(x_ref.at[start_M1 + _places(index, tiles.depth)[None, :]])
             depth = pl.ds(index * tiles.depth, tiles.depth)
-            return sum_MN + triton.dot(x_MJ, kernel_ref[depth, pl.ds(first, tiles.columns)])
+            return sum_MN + triton.dot(x_MJ, kernel_ref[depth, columns])
 
         sum_MN = _sum(add, taps * width // tiles.depth, tiles)
-        part = y_ref.at[
-            pl.ds(pl.program_id(1) * tiles.rows, tiles.rows), pl.ds(first, tiles.columns)
-        ]
-        triton.store(part, sum_MN.astype(y_ref.dtype), mask=(place_M < num_out)[:, None])
+        is_row_M1 = (place_M < num_out)[:, None]
+        triton.store(y_ref.at[rows, columns], sum_MN.astype(y_ref.dtype), mask=is_row_M1)
 
     like = jax.ShapeDtypeStruct((batch, num_out, width_out), x_BTC.dtype)
     args = [_flat(x_BTC), _matrix(kernel_KCD)]
