@@ -312,7 +312,7 @@ def test_what_to_expect_is_ours_or_reported_and_more_than_copying():
         assert "no run of this recipe" in said(name) and "copying" not in said(name)
         assert "visible code gives an accuracy of 0.162" in said(name, labels.Guesses(0.162, 4.3))
     assert "base had an accuracy of 0.390" in said("small.py:it1")
-    assert "another schedule had 3.21 and 0.217 at step 799 (small" in said("small.py:it1")
+    assert "another schedule had 3.21 and 0.217 at step 799 (the first 800" in said("small.py:it1")
     assert "base had an accuracy of 0.417" in said("large.py")
 
 
