@@ -14,7 +14,7 @@ off in parts: --config.train.accumulate=8 on one GPU of 80 GB; memory allows mor
 
 Expected time: the paper reports 9.5 hours per 100k steps on 32 GPUs, so 24 and 38 hours. One H200
 does 8,096 audio-seconds per second (docs/PERFORMANCE.md), so a step in 0.35 s, it1 in 24 hours and
-it2 in 39; eight have not been measured. Scores of this stack: none measured yet.
+it2 in 38; eight have not been measured. Scores of this stack: none measured yet.
 """
 
 from ml_collections import ConfigDict

@@ -268,13 +268,18 @@ class GroupNorm(nnx.Module):
         bias_C = self.bias[...]
         if not is_aligned:
             return _product(centred_BTK, kernel_BKC) + bias_C.astype(dtype)
-        # the bias is one more tap of the product, and its gradient comes with the kernel's
-        around = ((0, 0), (0, 0), (0, -(taps + 1) % ALIGNED))
-        ones_BT1 = jnp.ones((*centred_BTK.shape[:2], 1), dtype)
-        bias_B1C = jnp.broadcast_to(bias_C, (batch, 1, len(bias_C)))
-        seen_BTK = jnp.pad(jnp.concatenate([centred_BTK, ones_BT1], axis=2), around)
-        kernel_BKC = jnp.concatenate([kernel_BKC, bias_B1C], axis=1)
-        return _product(seen_BTK, jnp.pad(kernel_BKC, (*around[:1], around[2], around[1])))
+        return _product_with_bias(centred_BTK, kernel_BKC, bias_C)
+
+
+def _product_with_bias(x_BTK, kernel_BKC, bias_C):
+    """The bias is one more tap, whose gradient comes with the kernel's; with zeros to ALIGNED."""
+    batch, num_frames, taps = x_BTK.shape
+    missing = (0, -(taps + 1) % ALIGNED)
+    ones_BT1 = jnp.ones((batch, num_frames, 1), x_BTK.dtype)
+    bias_B1C = jnp.broadcast_to(bias_C, (batch, 1, len(bias_C)))
+    x_BTK = jnp.pad(jnp.concatenate([x_BTK, ones_BT1], axis=2), ((0, 0), (0, 0), missing))
+    kernel_BKC = jnp.concatenate([kernel_BKC, bias_B1C], axis=1)
+    return _product(x_BTK, jnp.pad(kernel_BKC, ((0, 0), missing, (0, 0))))
 
 
 def _mean_and_variance(windows_TK, weights_T1, kernel_KC, dtype):

@@ -13,10 +13,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from hubert_jax.sharding import cuda_capability, on_own_rows, ways
+from hubert_jax.sharding import cuda_capability, is_hopper, on_own_rows, ways
 
 NORM_EPS = 1e-5  # of every norm in the model
-AMPERE, HOPPER = 8.0, 9.0  # NVIDIA's GPUs by their compute capability
+AMPERE = 8.0  # a compute capability of NVIDIA's GPUs
 
 
 def has_triton(dtype) -> bool:
@@ -28,7 +28,7 @@ def has_triton(dtype) -> bool:
 
 def has_kernels(dtype) -> bool:
     """Whether our kernels take the place of XLA's: on Hopper, where that was measured."""
-    return has_triton(dtype) and HOPPER <= cuda_capability() < HOPPER + 1
+    return has_triton(dtype) and is_hopper()
 
 
 class Linear(nnx.Module):

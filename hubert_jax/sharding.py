@@ -17,6 +17,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 MESH_AXES = ("data", "fsdp", "tensor")
+HOPPER = 9.0  # a compute capability: H100, H200
 
 # logical axis -> mesh axis. An axis that is not divisible by its mesh axis stays whole.
 RULES = {
@@ -108,6 +109,11 @@ def cuda_capability() -> float:
         return float(getattr(jax.local_devices()[0], "compute_capability", ""))
     except (ValueError, IndexError):
         return 0.0
+
+
+def is_hopper() -> bool:
+    """Whether the first device is one of the NVIDIA GPUs that our kernels were measured on."""
+    return HOPPER <= cuda_capability() < HOPPER + 1
 
 
 def constrain(x: jax.Array, *axes: str) -> jax.Array:

@@ -19,7 +19,7 @@ from hubert_jax import sharding, stopping
 
 # Products by cuBLAS alone, which adds a bias on the way; XLA's own would be tried out beside them,
 # which doubles the time that compiling takes (docs/LOG.md).
-HOPPER, ON_HOPPER = 9.0, {"xla_gpu_enable_triton_gemm": False}
+ON_HOPPER = {"xla_gpu_enable_triton_gemm": False}
 
 
 class State(NamedTuple):
@@ -103,7 +103,7 @@ def make_step(loss: LossFunction, optimizer: optax.GradientTransformation, *, ac
         metrics["skipped"] = ((~is_finite).astype(jnp.float32), 1.0)
         return State(state.step + 1, model, opt_state), metrics
 
-    options = ON_HOPPER if sharding.cuda_capability() >= HOPPER else None
+    options = ON_HOPPER if sharding.is_hopper() else None
     return jax.jit(step, donate_argnums=0, compiler_options=options)
 
 

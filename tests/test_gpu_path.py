@@ -57,7 +57,7 @@ def error(got, want) -> float:
 
 
 @pytest.mark.parametrize("kind", tiny.KINDS)
-def test_a_step_is_no_further_from_float32_than_without_kernels(kind, request):
+def test_a_step_is_about_as_far_from_float32_as_without_kernels(kind, request):
     """The same masks and dropout in all three; the order of sums and what is rounded differ."""
     want_loss, want = loss_and_gradients(kind, "float32")
     plain_loss, plain = loss_and_gradients(kind, "bfloat16")
@@ -70,7 +70,7 @@ def test_a_step_is_no_further_from_float32_than_without_kernels(kind, request):
     assert loss != plain_loss
     assert abs(loss - want_loss) <= abs(plain_loss - want_loss) + 1e-3 * want_loss
     whole = [error(*map(flat, pair)) for pair in ((grads, want), (plain, want))]
-    assert whole[0] <= 1.3 * whole[1]  # XLA on a CPU rounds less of the other
+    assert whole[0] <= 1.3 * whole[1]  # 1.14 for large: XLA on a CPU rounds less of the other
     assert whole[1] < 0.05
 
 
