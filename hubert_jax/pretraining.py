@@ -5,12 +5,13 @@ B batch, S samples, T frames, D width, G label sets (clusterings), C codes of on
 """
 
 import dataclasses
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import AbstractMesh, Mesh
 
-from hubert_jax import train
+from hubert_jax import sharding, train
 from hubert_jax.heads import Hubert
 from hubert_jax.ops import frames, losses, masking
 
@@ -46,6 +47,22 @@ def loss(model: Hubert, batch, key, step, *, config: LossConfig, num_steps: int)
         "unmasked_weight": (jnp.float32(unmasked_weight), 1.0),
     }
     return train.Loss(total, weight, metrics)
+
+
+def batch_shapes(
+    mesh: Mesh | AbstractMesh, *, rows: int, num_samples: int, num_label_sets: int
+) -> dict[str, jax.ShapeDtypeStruct]:
+    """A batch without arrays, for what is compiled before there is one."""
+    where, num_frames = sharding.batch_sharding(mesh), frames.num_frames(num_samples)
+    shapes: dict[str, tuple[tuple[int, ...], Any]] = {
+        "audio": ((rows, num_samples), jnp.float32),
+        "labels": ((rows, num_frames, num_label_sets), jnp.int32),
+        "weights": ((rows,), jnp.float32),
+    }
+    return {
+        name: jax.ShapeDtypeStruct(shape, dtype, sharding=where)
+        for name, (shape, dtype) in shapes.items()
+    }
 
 
 def predict(

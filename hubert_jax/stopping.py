@@ -11,10 +11,11 @@ in the same order, and jax's own handler of SIGTERM, there since `processes.join
 
 import concurrent.futures
 import contextlib
+import functools
 import itertools
 import os
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -81,41 +82,54 @@ def heed() -> None:
         raise Stop("SIGTERM")  # whatever it was that one of them received
 
 
-def interruptible(function) -> Callable[[Any, Any, Any], Any]:
+def interruptible(function, ahead: Sequence[Any] = ()) -> Callable[[Any, Any, Any], Any]:
     """`function`, jitted, of (state, batch, key), compiled for a batch of another shape heedingly.
 
-    State, if donated, is whole when Stop is raised: nothing has begun to run.
+    `ahead` are batches to come, or their shapes, for which it is compiled beside the first, all in
+    threads of their own. State, if donated, is whole when Stop is raised: nothing has begun to run.
     """
-    seen = set()
+    seen: set[tuple] = set()
 
     def call(state, batch, key):
-        shapes = tuple((x.shape, x.dtype) for x in jax.tree.leaves(batch))
-        if shapes not in seen and _received is not None:
-            _heeding(lambda: function.lower(state, batch, key).compile())
-            seen.add(shapes)
+        if _shapes(batch) not in seen and _received is not None:
+
+            def compile_for(batch) -> None:
+                function.lower(state, batch, key).compile()
+
+            new = {_shapes(x): x for x in (*ahead, batch) if _shapes(x) not in seen}
+            _heeding([functools.partial(compile_for, x) for x in new.values()])
+            seen.update(new)
         return function(state, batch, key)  # jax has the program now
 
     return call
 
 
-def _heeding(work: Callable[[], Any]) -> None:
-    """Returns once every process has done its work; what it raises is raised here."""
+def _shapes(batch) -> tuple:
+    return tuple((x.shape, x.dtype) for x in jax.tree.leaves(batch))
+
+
+def _heeding(works: Sequence[Callable[[], Any]]) -> None:
+    """Returns once every process has done its works; what one raises is raised here."""
     mesh = jax.sharding.get_mesh()  # a thread has none; without it, results are placed otherwise
 
-    def on_mesh() -> None:
+    def on_mesh(work: Callable[[], Any]) -> None:
         with contextlib.nullcontext() if mesh.empty else jax.set_mesh(mesh):
             work()
 
     seconds = SECONDS_OF_SEVERAL_PROCESSES if processes.this()[1] > 1 else SECONDS_BETWEEN_CALLS
-    pool = concurrent.futures.ThreadPoolExecutor(1)
-    done = pool.submit(on_mesh)
-    pool.shutdown(wait=False)
-    processes.unfinished.append(done)
-    while True:
-        concurrent.futures.wait([done], timeout=seconds)
-        is_done = done.done()
-        heed()
-        if processes.agree([is_done]) and is_done:
-            processes.unfinished.remove(done)
-            done.result()
-            return
+    pool = concurrent.futures.ThreadPoolExecutor(min(len(works), os.cpu_count() or 1))
+    done = [pool.submit(on_mesh, work) for work in works]
+    processes.unfinished += done
+    try:
+        while True:
+            concurrent.futures.wait(done, timeout=seconds)
+            are_done = all(work.done() for work in done)
+            heed()
+            if processes.agree([are_done]) and are_done:
+                break
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+    for work in done:
+        processes.unfinished.remove(work)
+    for work in done:
+        work.result()

@@ -33,4 +33,8 @@ def come(patched: pytest.MonkeyPatch, *, call: int = 0, compilation: int = 0) ->
             return self.function(*args)
 
     interruptible = stopping.interruptible
-    patched.setattr(stopping, "interruptible", lambda function: interruptible(Signalling(function)))
+    patched.setattr(
+        stopping,
+        "interruptible",
+        lambda function, ahead=(): interruptible(Signalling(function), ahead),
+    )

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hubert_jax import sharding, stopping
+from hubert_jax import processes, sharding, stopping
 from tests.test_padding import compilations
 
 GRACE_SECONDS = 5.0  # a compilation that is waited for takes a minute here
@@ -87,6 +87,18 @@ def test_a_compilation_is_not_waited_for():
     slow.end.set()
 
 
+def test_of_many_compilations_none_begins_after_a_signal():
+    slow, cores = Slow(), os.cpu_count() or 1
+    step = stopping.interruptible(slow, [jnp.ones(length) for length in range(cores + 2)])
+    with stopping.listening(), pytest.raises(stopping.Stop, match="SIGTERM"):
+        signal_after(0.3)
+        step(0, jnp.ones(1), None)
+    slow.end.set()
+    for work in processes.unfinished:
+        assert work.cancelled() or work.result(timeout=GRACE_SECONDS) is None
+    assert slow.compilations == cores
+
+
 def test_every_shape_is_compiled_once_and_what_that_raises_is_raised():
     quick = Slow(seconds=0.0)
     step = stopping.interruptible(quick)
@@ -98,7 +110,29 @@ def test_every_shape_is_compiled_once_and_what_that_raises_is_raised():
             stopping.interruptible(Slow(0.0, MemoryError()))(0, jnp.ones(3), None)
 
 
-def test_what_is_compiled_heedingly_is_what_jax_then_runs():
+def test_what_is_to_come_is_compiled_beside_the_first():
+    class Meeting(Slow):
+        """Whose compilations wait for each other."""
+
+        barrier = threading.Barrier(2, timeout=60)
+
+        def compile(self):
+            self.barrier.wait()
+            super().compile()
+
+    meeting = Meeting(seconds=0.0)
+    step = stopping.interruptible(meeting, [jnp.ones(3), jax.ShapeDtypeStruct((4,), jnp.float32)])
+    with stopping.listening():
+        for length in (4, 3, 4):
+            step(1, jnp.ones(length), None)
+        assert meeting.compilations == 2
+        threading.Thread(target=meeting.barrier.wait).start()
+        step(1, jnp.ones(5), None)  # which nobody has foretold
+        assert meeting.compilations == 3
+
+
+@pytest.mark.parametrize("is_foretold", [False, True])
+def test_what_is_compiled_heedingly_is_what_jax_then_runs(is_foretold):
     """Else every program would be compiled twice, and the second time without heeding."""
     batches = [np.ones((8, length), np.float32) for length in (3, 3, 3, 4)]
     mesh = sharding.make_mesh(data=4, fsdp=2, tensor=1)
@@ -109,9 +143,14 @@ def test_what_is_compiled_heedingly_is_what_jax_then_runs():
     with jax.set_mesh(mesh):
         put = [sharding.put_batch(mesh, {"rows": batch}) for batch in batches]
         state = sharding.put_batch(mesh, {"state": np.zeros(8, np.float32)})["state"]
-        key = jax.random.key(0)
+        key, rows = jax.random.key(0), sharding.batch_sharding(mesh)
+        ahead = [
+            {"rows": jax.ShapeDtypeStruct((8, length), jnp.float32, sharding=rows)}
+            for length in (3, 4)
+        ]
         with compilations() as compiled, stopping.listening():
-            step = stopping.interruptible(jax.jit(step, donate_argnums=0))
+            step = jax.jit(step, donate_argnums=0)
+            step = stopping.interruptible(step, ahead if is_foretold else [])
             for batch in put:
                 state, _ = step(state, batch, key)
     assert np.asarray(state).tolist() == [13.0] * 8 and len(compiled) == 2, compiled

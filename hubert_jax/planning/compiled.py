@@ -20,7 +20,6 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 from jax.experimental import topologies
 
 from hubert_jax import heads, optim, pretraining, sharding, train
@@ -176,7 +175,7 @@ def arguments(
     """State, batch and key of a step, without arrays, placed as hubert pretrain places them."""
     model = heads.abstract(work.model, work.head, work.num_codes)
     shardings = sharding.param_shardings(mesh, model)
-    whole, rows = sharding.replicated(mesh), sharding.batch_sharding(mesh)
+    whole = sharding.replicated(mesh)
     state = jax.eval_shape(
         lambda model: train.init_state(model, optim.adamw(work.optim, num_steps=work.num_steps)),
         model,
@@ -190,15 +189,9 @@ def arguments(
         model=jax.tree.map(_placed, state.model, shardings),
         opt_state=(placed.opt_state[0], placed_adam, *placed.opt_state[2:]),
     )
-    shapes = {
-        "audio": ((work.rows, work.num_samples), jnp.float32),
-        "labels": ((work.rows, work.num_frames, len(work.num_codes)), jnp.int32),
-        "weights": ((work.rows,), jnp.float32),
-    }
-    batch = {
-        name: jax.ShapeDtypeStruct(shape, dtype, sharding=rows)
-        for name, (shape, dtype) in shapes.items()
-    }
+    batch = pretraining.batch_shapes(
+        mesh, rows=work.rows, num_samples=work.num_samples, num_label_sets=len(work.num_codes)
+    )
     return state, batch, _placed(jax.eval_shape(lambda: jax.random.key(0)), whole)
 
 

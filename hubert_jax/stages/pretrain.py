@@ -11,7 +11,7 @@ import contextlib
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -162,18 +162,32 @@ def _pretrain(
             for step, batch in loaded:
                 yield step, sharding.put_batch(mesh, batch)
 
+    def shapes(sizes: Iterable[tuple[int, int]]) -> list[dict[str, jax.ShapeDtypeStruct]]:
+        """Of batches of (rows, samples), where all are compiled at once."""
+        if not _compiles_at_once():
+            return []
+        return [
+            pretraining.batch_shapes(
+                mesh, rows=rows, num_samples=num_samples, num_label_sets=len(settings.labels)
+            )
+            for rows, num_samples in sizes
+        ]
+
     loss = functools.partial(
         pretraining.loss, config=pretraining.LossConfig(**config.loss), num_steps=settings.num_steps
     )
     validate = validation(
         lambda: stream("validation", 0, len(plans["validation"])),
         key=jax.random.fold_in(key, FOR_VALIDATION),
+        ahead=shapes((len(batch.weights_B), batch.num_samples) for batch in plans["validation"]),
     )
     learning_rate = optim.schedule(optim_config, num_steps=settings.num_steps)
     # Now that everything fits: a refusal leaves nothing that the mended config would not match.
     if not (saved.folder / "card.json").exists() and processes.is_first():
         cards.write(saved.folder / "card.json", card)
     _describe(state, plans["train"], corpus, settings, num_codes, first_step)
+    if _compiles_at_once():
+        logs.info(f"compiling for {len(plans['train'].rungs)} lengths of rows, all at once")
 
     title = f"pretrain {config.iteration}"
     with (
@@ -214,7 +228,8 @@ def _pretrain(
         train.fit(
             state,
             stopping.interruptible(
-                train.make_step(loss, optimizer, accumulate=settings.accumulate)
+                train.make_step(loss, optimizer, accumulate=settings.accumulate),
+                shapes((plans["train"].rows(rung), rung) for rung in plans["train"].rungs),
             ),
             loaded,
             key=jax.random.fold_in(key, FOR_TRAINING),
@@ -229,6 +244,14 @@ def _pretrain(
             validate_first=validate_first,
         )
         saved.wait()
+
+
+def _compiles_at_once() -> bool:
+    """Whether the programs for all lengths of rows are compiled before the first step, in threads.
+
+    On a CPU, whose cores are few, each when it is needed.
+    """
+    return jax.default_backend() != "cpu"
 
 
 def _lacks_validation(settings: TrainConfig, step: int, folder: epath.Path) -> bool:
@@ -258,13 +281,18 @@ def newest(saved: checkpoints.Checkpoints) -> str:
     return "no checkpoint was saved yet" if step is None else str(saved.folder / str(step))
 
 
-def validation(stream: Callable[[], Generator[tuple[int, Any], None, None]], *, key):
+def validation(
+    stream: Callable[[], Generator[tuple[int, Any], None, None]],
+    *,
+    key,
+    ahead: Sequence[Any] = (),
+):
     """A function from a model to its means on `stream()`: the same crops and masks every time.
 
-    It heeds signals between batches (raises stopping.Stop).
+    It heeds signals between batches (raises stopping.Stop). `ahead` as for stopping.interruptible.
     """
 
-    evaluate = stopping.interruptible(jax.jit(pretraining.evaluate))
+    evaluate = stopping.interruptible(jax.jit(pretraining.evaluate), ahead)
 
     def validate(model: Hubert) -> dict[str, float]:
         found: list[Any] = []

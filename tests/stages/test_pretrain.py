@@ -7,13 +7,15 @@ import shutil
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import soundfile
 from etils import epath
 
-from hubert_jax import checkpoints, cli, logs, pretraining, watch
+from hubert_jax import checkpoints, cli, logs, pretraining, train, watch
 from hubert_jax.data import batches
 from hubert_jax.data.corpus import Corpus, Split
 from hubert_jax.stages import pretrain
 from tests import tones
+from tests.test_padding import compilations
 
 TRAINING = ("batch.seconds=8.0", "train.report_every=1", "checkpoints.keep_last=9")
 
@@ -95,3 +97,45 @@ def test_a_run_whose_steps_all_go_wrong_ends_and_names_its_last_checkpoint(
     for name, array in named.items():
         assert np.isfinite(array).all()
         np.testing.assert_array_equal(array, before[name])
+
+
+def test_programs_for_all_lengths_that_are_compiled_at_once_are_those_that_run(
+    tmp_path, monkeypatch
+):
+    """Each once, before the first step, and the losses are those of one after the other."""
+    lengths = ("batch.rungs=(1.5,2.0)", "batch.seconds=16.0")  # beside 1.0
+    for n in range(24):
+        seconds, random = (1.1, 1.6, 2.1)[n % 3], np.random.default_rng(n)
+        path = tmp_path / "tones" / f"speaker{n // 3 % 3}" / f"noise{n}.flac"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        soundfile.write(path, 0.1 * random.normal(size=round(seconds * 16_000)), 16_000)
+    project = tones.make_project(tmp_path, *TRAINING, *lengths)
+    config = tones.get_config(project, *TRAINING, *lengths, "train.num_steps=8")
+    make_step, done = train.make_step, []
+
+    class Noted:
+        def __init__(self, step):
+            self.step = step
+
+        def lower(self, *args):
+            done.append("compile")
+            return self.step.lower(*args)
+
+        def __call__(self, *args):
+            done.append("run")
+            return self.step(*args)
+
+    monkeypatch.setattr(train, "make_step", lambda *args, **rest: Noted(make_step(*args, **rest)))
+    losses = []
+    for at_once in (False, True):
+        monkeypatch.setattr(pretrain, "_compiles_at_once", lambda at_once=at_once: at_once)
+        workdir = epath.Path(tmp_path / f"work{at_once}")
+        shutil.copytree(project / "work", workdir)
+        done.clear()
+        with compilations() as compiled:
+            pretrain.run(config, workdir)
+        assert done.count("compile") == compiled.count("jit(step)") == 3 < done.count("run")
+        assert (done[:3] == 3 * ["compile"]) == at_once
+        lines = logs.read_metrics(workdir / "it1" / "logs" / "metrics.jsonl")
+        losses.append([line["train/loss"] for line in lines if "train/loss" in line])
+    assert losses[0] == losses[1] and len(losses[0]) == 7
