@@ -5,9 +5,8 @@
 #   OUT=/results launch/bench_gpu.sh
 #   SMALL=1 launch/bench_gpu.sh      the same parts on a CPU, small: does the script work?
 #   PARTS=train-base ROWS=max ...    the largest batch, compiled twice; else 128, large 48, peers half
-# PARTS=REGEX runs the parts whose names match. WHEELS=FOLDER installs the wheels there first, below
-# OUT: for a machine without a network.
-# Parts (launch/parts.sh) stand in the order of what is missed most.
+# PARTS=REGEX runs the parts whose names match; they stand in the order of what is missed most.
+# WHEELS=FOLDER installs the wheels there first, below OUT: for a machine without a network.
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit
 
@@ -17,7 +16,7 @@ BUDGET="${BUDGET:-460}" # seconds: under 8 minutes with the last part's end
 PYTHON="${PYTHON:-python3}"
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
 export JAX_COMPILATION_CACHE_DIR="${JAX_COMPILATION_CACHE_DIR:-$OUT/compiled}"
-export CUDA_VISIBLE_DEVICES="${CUDA_VISIBLE_DEVICES:-0}" && mkdir -p "$OUT"
+export OUT CUDA_VISIBLE_DEVICES="${CUDA_VISIBLE_DEVICES:-0}" && mkdir -p "$OUT"
 if [[ -n "${WHEELS:-}" ]]; then
     "$PYTHON" -m pip install --quiet --no-index --no-deps --no-compile --target "$OUT/site" "$WHEELS"/*.whl
     export PYTHONPATH="$PYTHONPATH:$OUT/site"
@@ -39,22 +38,22 @@ devices() {
     "$PYTHON" -c 'import jax; print(jax.devices())'
 }
 
-# The stages on noise of eight colours, which the first part makes; the loss has to fall.
+# The stages, in one process, on noise of eight colours; the loss has to fall.
 loop() {
-    local work="$OUT/loop" config=configs/demo.py stage
-    hubert bench input --config=$config --rounds=2 --workdir="$work" --out="$OUT/input.json" || return
-    for stage in features cluster label pretrain; do
-        hubert $stage --config=$config --workdir="$work" --config.train.num_steps="$STEPS" \
-            --config.optim.warmup_steps=20 --config.train.report_every=10 \
-            --config.train.validate_every="$STEPS" || return
-    done
     "$PYTHON" -c '
-from hubert_jax import logs
-losses = [x["train/loss"] for x in logs.read_metrics("'"$work"'/it1/logs/metrics.jsonl") if "train/loss" in x]
-print("loss", losses[0], "->", losses[-1])
-raise SystemExit(losses[-1] >= losses[0])'
+import sys
+from etils import epath
+from hubert_jax import config_files, logs
+from hubert_jax.bench import pipeline
+from hubert_jax.stages import run
+work = epath.Path(sys.argv[1])
+pipeline.make_work(work, utterances={"train": 300, "validation": 10}, num_codes=100)
+config = config_files.load("configs/demo.py:it1", sys.argv[2:])
+for stage in run.arrows_of(config, work): run.walk(stage, config, work, place=stage)
+lines = logs.read_metrics(work / "it1" / "logs" / "metrics.jsonl")
+losses = [line["train/loss"] for line in lines if "train/loss" in line]
+raise SystemExit(print("loss", losses[0], "->", losses[-1]) or losses[-1] >= losses[0])' "$@"
 }
-export OUT STEPS
 export -f loop devices
 
 training() { # training WHO RUN LIMIT ROWS ROWS_OF_LARGE: one contender, a model at a time
@@ -73,8 +72,9 @@ training "torchaudio$torch" peer 120 64 24
 bench kmeans 150 kmeans --config=configs/base.py --frames="$FRAMES" --codebooks="$CODEBOOK" \
     --rounds=1 --only=hubert_jax
 peer extraction 60 extraction --config="${MODELS%% *}" --seconds="$SECONDS_LONG" --rows="${FEW/max/16}"
-part loop 120 loop
-bench breakdown 120 breakdown --config="${MODELS%% *}" --seconds="$SECONDS_LONG" --rows="${FEW/max/24}"
+part loop 120 loop "$OUT/loop" --config.train.{num_steps,validate_every}="$STEPS" \
+    --config.train.report_every=10 --config.optim.warmup_steps=20
+bench breakdown 120 breakdown --config="${MODELS%% *}" --seconds="$SECONDS_LONG" --rows="${FEW/max/128}"
 
 echo "$SECONDS s in all"
 column -t -s $'\t' "$SUMMARY" 2>/dev/null || cat "$SUMMARY"

@@ -72,6 +72,16 @@ def test_contenders_take_turns(monkeypatch):
     assert [t.seconds for t in timings] == [3 * [0.0625], 3 * [2.125]]
 
 
+def test_with_one_warm_up_the_second_call_is_timed():
+    calls: list[str] = []
+    contenders = [
+        timing.Contender(name, lambda name=name: lambda: (calls.append(name), time.sleep(0.2)))
+        for name in "ab"
+    ]
+    timings = timing.alternate("work", contenders, rounds=2, warm_ups=1)
+    assert "".join(calls) == "ab" + 2 * "ab" and [len(t.seconds) for t in timings] == [2, 2]
+
+
 def test_the_median_is_not_the_mean():
     assert timing.Timing("a", [1.0, 2.0, 30.0], 0.0, "").median == 2.0
 

@@ -32,6 +32,7 @@ class Piece(NamedTuple):
     num_rows: int
     contenders: list[Contender]
     found: Found  # filled while they work
+    is_whole: bool = False  # a fit
 
     def rate(self, seconds: float) -> str:
         return f"{self.num_rows / seconds / 1e6:.2f} M frames/s"
@@ -58,7 +59,7 @@ def pieces(
 
     fitted: Found = {}
     contenders = fits(shards, config, fitted, n_init=n_init)
-    yield Piece("k-means", rows_ND, num_rows, contenders, fitted)
+    yield Piece("k-means", rows_ND, num_rows, contenders, fitted, is_whole=True)
 
     seeded: Found = {}
     contenders = seedings(part_ND, num_codes, seeded)

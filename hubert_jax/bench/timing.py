@@ -34,8 +34,10 @@ class Timing(NamedTuple):
         return statistics.median(self.seconds)
 
 
-def alternate(title: str, contenders: Sequence[Contender], *, rounds: int) -> list[Timing]:
-    """Everybody WARM_UPS times, then `rounds` rounds of everybody in turn.
+def alternate(
+    title: str, contenders: Sequence[Contender], *, rounds: int, warm_ups: int = WARM_UPS
+) -> list[Timing]:
+    """Everybody `warm_ups` times, then `rounds` rounds of everybody in turn.
 
     Works shorter than a turn are repeated in it, and the first is not counted: it would pay for
     the contender before, whose threads go on spinning for some milliseconds (OpenMP's do).
@@ -47,7 +49,7 @@ def alternate(title: str, contenders: Sequence[Contender], *, rounds: int) -> li
         work = contender.prepare()
         work()
         firsts.append(time.perf_counter() - started)
-        warm = [_seconds(work) for _ in range(WARM_UPS - 1)][-1]
+        warm = [firsts[-1], *(_seconds(work) for _ in range(warm_ups - 1))][-1]
         repeats.append(max(1, math.ceil(SHORTEST_TURN / warm)))
         works.append(work)
     seconds: list[list[float]] = [[] for _ in works]

@@ -10,10 +10,10 @@
     checkpoint  how long saving blocks          breakdown   where the time of an update goes
 
 All contenders of a piece of work take turns in one process, on the same shapes in the same
-precision; what is printed is the median of --rounds after two rounds to warm up. A ratio is a
-peer's time over ours. MFU is the share of the rate of a large matmul measured here, in the same
-precision: operations (bench/counts.py) / seconds / devices / that rate. Peers on a GPU run there;
-without one, on the CPU.
+precision; what is printed is the median of --rounds after two rounds to warm up (one of a whole
+k-means). A ratio is a peer's time over ours. MFU is the share of the rate of a large matmul
+measured here, in the same precision: operations (bench/counts.py) / seconds / devices / that rate.
+Peers on a GPU run there; without one, on the CPU.
 """
 
 import argparse
@@ -116,13 +116,19 @@ def _rows(text: str) -> int | str:
     return text if text == "max" else int(text)
 
 
-def timed(work: str, contenders: Iterable[Contender], args: argparse.Namespace) -> list[Timing]:
+def timed(
+    work: str,
+    contenders: Iterable[Contender],
+    args: argparse.Namespace,
+    *,
+    warm_ups: int = WARM_UPS,
+) -> list[Timing]:
     """The contenders asked for, in turn. Raises ValueError where --only names nobody."""
     found = list(contenders)
     chosen = [contender for contender in found if args.only in (None, contender.name)]
     if not chosen:
         raise ValueError(f"--only={args.only}: there are {', '.join(c.name for c in found)}")
-    return timing.alternate(work, chosen, rounds=args.rounds)
+    return timing.alternate(work, chosen, rounds=args.rounds, warm_ups=warm_ups)
 
 
 def asked_for(contenders: Sequence[Contender], args: argparse.Namespace) -> bool:
@@ -214,8 +220,9 @@ def kmeans(config: Any, args: argparse.Namespace) -> list[Row]:
             if not asked_for(piece.contenders, args):
                 continue
             work = f"{piece.name}, {piece.num_rows} x {width}, K {num_codes}"
-            timings = timed(work, piece.contenders, args)
-            notes = piece.inertias(WARM_UPS + args.rounds)  # centres that all have drawn
+            warm_ups = 1 if piece.is_whole else WARM_UPS  # scikit-learn's may take ten minutes
+            timings = timed(work, piece.contenders, args, warm_ups=warm_ups)
+            notes = piece.inertias(warm_ups + args.rounds)  # centres that all have drawn
             rows += table.rows(work, timings, piece.rate, notes=notes)
     return rows
 
