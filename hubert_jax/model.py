@@ -185,6 +185,7 @@ class Encoder(nnx.Module):
             layers = jax.tree.map(lambda param_L: param_L[:num_layers], self.layers)
             return jax.lax.scan(run, x_BTD, (layers, keys_L))[0]
         keys = [None] * num_layers if keys_L is None else list(keys_L)
+        run = jax.jit(run)  # in a program traced once, not for each layer anew
         for layer_and_key in zip(self._blocks()[:num_layers], keys, strict=True):
             x_BTD, _ = run(x_BTD, layer_and_key)
         return x_BTD

@@ -85,8 +85,9 @@ def heed() -> None:
 def interruptible(function, ahead: Sequence[Any] = ()) -> Callable[[Any, Any, Any], Any]:
     """`function`, jitted, of (state, batch, key), compiled for a batch of another shape heedingly.
 
-    `ahead` are batches to come, or their shapes, for which it is compiled beside the first, all in
-    threads of their own. State, if donated, is whole when Stop is raised: nothing has begun to run.
+    `ahead` are batches to come, or their shapes, for which it is compiled beside the first, in as
+    many threads as there are cores. State, if donated, is whole when Stop is raised: nothing has
+    begun to run.
     """
     seen: set[tuple] = set()
 
@@ -109,7 +110,7 @@ def _shapes(batch) -> tuple:
 
 
 def _heeding(works: Sequence[Callable[[], Any]]) -> None:
-    """Returns once every process has done its works; what one raises is raised here."""
+    """Returns once every process has done its works; what the first to fail raises is raised."""
     mesh = jax.sharding.get_mesh()  # a thread has none; without it, results are placed otherwise
 
     def on_mesh(work: Callable[[], Any]) -> None:
@@ -117,19 +118,27 @@ def _heeding(works: Sequence[Callable[[], Any]]) -> None:
             work()
 
     seconds = SECONDS_OF_SEVERAL_PROCESSES if processes.this()[1] > 1 else SECONDS_BETWEEN_CALLS
-    pool = concurrent.futures.ThreadPoolExecutor(min(len(works), os.cpu_count() or 1))
+    pool = concurrent.futures.ThreadPoolExecutor(min(len(works), _num_cores()))
     done = [pool.submit(on_mesh, work) for work in works]
     processes.unfinished += done
     try:
         while True:
-            concurrent.futures.wait(done, timeout=seconds)
-            are_done = all(work.done() for work in done)
+            failed = concurrent.futures.FIRST_EXCEPTION
+            ended, rest = concurrent.futures.wait(done, timeout=seconds, return_when=failed)
+            is_over = not rest or any(work.exception() for work in ended)
             heed()
-            if processes.agree([are_done]) and are_done:
+            if processes.agree([is_over]) and is_over:
                 break
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
-    for work in done:
+    for work in ended:
         processes.unfinished.remove(work)
-    for work in done:
+    for work in ended:
         work.result()
+
+
+def _num_cores() -> int:
+    """That this process may use."""
+    if hasattr(os, "sched_getaffinity"):  # Linux
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1

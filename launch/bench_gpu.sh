@@ -16,7 +16,7 @@ BUDGET="${BUDGET:-460}" # seconds: under 8 minutes with the last part's end
 PYTHON="${PYTHON:-python3}"
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
 export JAX_COMPILATION_CACHE_DIR="${JAX_COMPILATION_CACHE_DIR:-$OUT/compiled}"
-export OUT CUDA_VISIBLE_DEVICES="${CUDA_VISIBLE_DEVICES:-0}" && mkdir -p "$OUT"
+export CUDA_VISIBLE_DEVICES="${CUDA_VISIBLE_DEVICES:-0}" && mkdir -p "$OUT"
 if [[ -n "${WHEELS:-}" ]]; then
     "$PYTHON" -m pip install --quiet --no-index --no-deps --no-compile --target "$OUT/site" "$WHEELS"/*.whl
     export PYTHONPATH="$PYTHONPATH:$OUT/site"
@@ -52,7 +52,7 @@ config = config_files.load("configs/demo.py:it1", sys.argv[2:])
 for stage in run.arrows_of(config, work): run.walk(stage, config, work, place=stage)
 lines = logs.read_metrics(work / "it1" / "logs" / "metrics.jsonl")
 losses = [line["train/loss"] for line in lines if "train/loss" in line]
-raise SystemExit(print("loss", losses[0], "->", losses[-1]) or losses[-1] >= losses[0])' "$@"
+raise SystemExit(print("loss", losses[0], "->", losses[-1]) or not losses[-1] < losses[0])' "$@"
 }
 export -f loop devices
 

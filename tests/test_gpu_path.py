@@ -118,7 +118,7 @@ def test_on_a_mesh_each_device_runs_the_kernels_on_its_rows(sizes, hopper, check
     audio_BS = jax.ShapeDtypeStruct((8, NUM_SAMPLES), jnp.float32)
     text = lowered(jax.grad(total), model, audio_BS, mesh=mesh)
     calls = re.findall(r"xla\.gpu\.triton\(.*: \((.*)\) -> ", text)
-    assert len(calls) == len(checked_kernels) > 40
+    assert len(calls) == len(checked_kernels) > 30  # those of a layer once
     aligned = frames.conv_lengths(5 * (1408 + 1))  # 1399 frames at first, up to a multiple of 16
     lengths = [*aligned, frames.num_frames(NUM_SAMPLES)]
     firsts = {int(re.search(r"tensor<(\d+)x(?:\d+x)+bf16>", operands)[1]) for operands in calls}

@@ -87,8 +87,15 @@ def test_a_compilation_is_not_waited_for():
     slow.end.set()
 
 
-def test_of_many_compilations_none_begins_after_a_signal():
-    slow, cores = Slow(), os.cpu_count() or 1
+@pytest.fixture
+def cores(monkeypatch) -> int:
+    monkeypatch.setattr(stopping, "_num_cores", lambda: 2)
+    return 2
+
+
+def test_of_many_compilations_none_begins_after_a_signal(cores, monkeypatch):
+    monkeypatch.setattr(processes, "unfinished", [])
+    slow = Slow()
     step = stopping.interruptible(slow, [jnp.ones(length) for length in range(cores + 2)])
     with stopping.listening(), pytest.raises(stopping.Stop, match="SIGTERM"):
         signal_after(0.3)
@@ -97,6 +104,23 @@ def test_of_many_compilations_none_begins_after_a_signal():
     for work in processes.unfinished:
         assert work.cancelled() or work.result(timeout=GRACE_SECONDS) is None
     assert slow.compilations == cores
+
+
+def test_what_the_first_to_fail_raises_is_not_kept_back(cores, monkeypatch):
+    monkeypatch.setattr(processes, "unfinished", [])
+    slow = Slow()
+
+    class Failing(Slow):
+        def lower(self, _, batch, key):
+            return self if batch.shape == (3,) else slow
+
+    step = stopping.interruptible(Failing(0.3, MemoryError()), [jnp.ones(3), jnp.ones(4)])
+    began = time.monotonic()
+    with stopping.listening(), pytest.raises(MemoryError):
+        step(0, jnp.ones(3), None)
+    assert time.monotonic() - began < GRACE_SECONDS
+    assert [work.done() for work in processes.unfinished] == [False]
+    slow.end.set()
 
 
 def test_every_shape_is_compiled_once_and_what_that_raises_is_raised():
@@ -110,7 +134,7 @@ def test_every_shape_is_compiled_once_and_what_that_raises_is_raised():
             stopping.interruptible(Slow(0.0, MemoryError()))(0, jnp.ones(3), None)
 
 
-def test_what_is_to_come_is_compiled_beside_the_first():
+def test_what_is_to_come_is_compiled_beside_the_first(cores):
     class Meeting(Slow):
         """Whose compilations wait for each other."""
 
@@ -148,12 +172,15 @@ def test_what_is_compiled_heedingly_is_what_jax_then_runs(is_foretold):
             {"rows": jax.ShapeDtypeStruct((8, length), jnp.float32, sharding=rows)}
             for length in (3, 4)
         ]
+        counts: list[int] = []
         with compilations() as compiled, stopping.listening():
             step = jax.jit(step, donate_argnums=0)
             step = stopping.interruptible(step, ahead if is_foretold else [])
             for batch in put:
                 state, _ = step(state, batch, key)
-    assert np.asarray(state).tolist() == [13.0] * 8 and len(compiled) == 2, compiled
+                counts.append(len(compiled))
+    assert np.asarray(state).tolist() == [13.0] * 8
+    assert counts == (4 * [2] if is_foretold else [1, 1, 1, 2]), compiled
 
 
 LEAVING = """

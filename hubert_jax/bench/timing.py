@@ -39,8 +39,9 @@ def alternate(
 ) -> list[Timing]:
     """Everybody `warm_ups` times, then `rounds` rounds of everybody in turn.
 
-    Works shorter than a turn are repeated in it, and the first is not counted: it would pay for
-    the contender before, whose threads go on spinning for some milliseconds (OpenMP's do).
+    Works shorter than a turn (in their last call to warm up) are repeated in it, and the first is
+    not counted: it would pay for the contender before, whose threads go on spinning for some
+    milliseconds (OpenMP's do).
     """
     works, firsts, repeats = [], [], []
     for contender in contenders:

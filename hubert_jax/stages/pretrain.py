@@ -186,8 +186,8 @@ def _pretrain(
     if not (saved.folder / "card.json").exists() and processes.is_first():
         cards.write(saved.folder / "card.json", card)
     _describe(state, plans["train"], corpus, settings, num_codes, first_step)
-    if _compiles_at_once():
-        logs.info(f"compiling for {len(plans['train'].rungs)} lengths of rows, all at once")
+    if _compiles_at_once() and first_step < settings.num_steps:
+        logs.info(f"lengths of rows to compile for, all at once: {len(plans['train'].rungs)}")
 
     title = f"pretrain {config.iteration}"
     with (
@@ -247,9 +247,9 @@ def _pretrain(
 
 
 def _compiles_at_once() -> bool:
-    """Whether the programs for all lengths of rows are compiled before the first step, in threads.
+    """Whether the programs for all lengths of rows are compiled when the first is needed.
 
-    On a CPU, whose cores are few, each when it is needed.
+    On a CPU, whose cores are few, each by itself.
     """
     return jax.default_backend() != "cpu"
 

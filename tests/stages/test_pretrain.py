@@ -4,6 +4,7 @@
 import re
 import shutil
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -103,7 +104,8 @@ def test_programs_for_all_lengths_that_are_compiled_at_once_are_those_that_run(
     tmp_path, monkeypatch
 ):
     """Each once, before the first step, and the losses are those of one after the other."""
-    lengths = ("batch.rungs=(1.5,2.0)", "batch.seconds=16.0")  # beside 1.0
+    lengths = ["mesh.data=2", "mesh.fsdp=2", "mesh.tensor=2"]
+    lengths += ["batch.rungs=(1.5,2.0)", "batch.seconds=16.0"]  # beside 1.0
     for n in range(24):
         seconds, random = (1.1, 1.6, 2.1)[n % 3], np.random.default_rng(n)
         path = tmp_path / "tones" / f"speaker{n // 3 % 3}" / f"noise{n}.flac"
@@ -112,6 +114,10 @@ def test_programs_for_all_lengths_that_are_compiled_at_once_are_those_that_run(
     project = tones.make_project(tmp_path, *TRAINING, *lengths)
     config = tones.get_config(project, *TRAINING, *lengths, "train.num_steps=8")
     make_step, done = train.make_step, []
+    num_samples_N = Corpus(tmp_path / "work" / "corpus").split("validation").num_samples
+    settings = batches.BatchConfig(**config.batch)
+    validated = batches.validation_batches(num_samples_N, settings, row_multiple=8)
+    num_validated = len({(len(batch.weights_B), batch.num_samples) for batch in validated})
 
     class Noted:
         def __init__(self, step):
@@ -132,10 +138,12 @@ def test_programs_for_all_lengths_that_are_compiled_at_once_are_those_that_run(
         workdir = epath.Path(tmp_path / f"work{at_once}")
         shutil.copytree(project / "work", workdir)
         done.clear()
+        jax.clear_caches()
         with compilations() as compiled:
             pretrain.run(config, workdir)
         assert done.count("compile") == compiled.count("jit(step)") == 3 < done.count("run")
         assert (done[:3] == 3 * ["compile"]) == at_once
+        assert compiled.count("jit(evaluate)") == num_validated
         lines = logs.read_metrics(workdir / "it1" / "logs" / "metrics.jsonl")
         losses.append([line["train/loss"] for line in lines if "train/loss" in line])
     assert losses[0] == losses[1] and len(losses[0]) == 7
