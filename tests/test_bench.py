@@ -97,6 +97,16 @@ def test_the_command_times_ours_alone_where_nobody_is_installed(monkeypatch, tmp
     assert rows[0]["ratio"] is None and rows[0]["seconds"] > 0
 
 
+@pytest.mark.parametrize("tunables", [None, "glibc.malloc.hugetlb=1"])
+def test_on_a_cpu_the_malloc_that_it_was_measured_with_is_named(tunables, monkeypatch, capsys):
+    monkeypatch.setitem(bench.WORK, "mfcc", lambda config, args: [table.Row("work", "us", 1.0)])
+    monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
+    if tunables:
+        monkeypatch.setenv("GLIBC_TUNABLES", tunables)
+    bench.main(["mfcc", "--config=configs/demo.py"])
+    assert ("launch/local.sh bench" in capsys.readouterr().out) == (tunables is None)
+
+
 def test_unknown_work_is_named(capsys):
     with pytest.raises(SystemExit):
         bench.main(["trainign"])

@@ -13,7 +13,7 @@ All contenders of a piece of work take turns in one process, on the same shapes 
 precision; what is printed is the median of --rounds after two rounds to warm up (one of a whole
 k-means). A ratio is a peer's time over ours. MFU is the share of the rate of a large matmul
 measured here, in the same precision: operations (bench/counts.py) / seconds / devices / that rate.
-Peers on a GPU run there; without one, on the CPU.
+Peers on a GPU run there; without one, on the CPU, where launch/local.sh should start it.
 """
 
 import argparse
@@ -67,6 +67,11 @@ def main(argv: Sequence[str]) -> None:
     if args.rows == "max" and not args.only:
         top.error("--rows=max is for one contender that has the memory to itself: give --only")
     config = config_files.configured(top, args.config, overrides)
+    if jax.default_backend() == "cpu" and "GLIBC_TUNABLES" not in os.environ:
+        logs.info(
+            "bench: malloc gives memory back after each turn, which costs ours most; start it by"
+            " launch/local.sh bench"
+        )
     rows: list[Row] = []
     for name in names or WORK:
         made = WORK[name](config, args)
