@@ -231,7 +231,7 @@ def step(state, batch, key):
     return state + batch.sum(), key
 
 with jax.set_mesh(mesh), stopping.listening():
-    step = stopping.interruptible(Slow(jax.jit(step)))
+    step = stopping.interruptible(Slow(jax.jit(step)), [np.ones((2, 4), np.float32)])
     batch = sharding.put_batch(mesh, {"rows": np.ones((1, 3), np.float32)})["rows"]
     state, done = jnp.zeros([]), 0
     try:
