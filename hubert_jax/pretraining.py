@@ -1,17 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The loss of pretraining: masks are drawn, codes predicted behind them, the features kept small.
+"""The loss of pretraining: masks are drawn, codes predicted behind them, the features kept small;
+and the means of what is said of it on a validation set.
 
 B batch, S samples, T frames, D width, G label sets (clusterings), C codes of one
 """
 
+import contextlib
 import dataclasses
+from collections.abc import Callable, Generator, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh
 
-from hubert_jax import sharding, train
+from hubert_jax import sharding, stopping, train, watch
 from hubert_jax.heads import Hubert
 from hubert_jax.ops import frames, losses, masking
 
@@ -106,6 +109,32 @@ def evaluate(model: Hubert, batch, mask_key) -> tuple[dict[str, tuple], list[Usa
     num_counted = jnp.sum(counts_BT)
     spread = (losses.spread(x_BTD, counts_BT) * num_counted, num_counted)
     return metrics | {"feature_spread": spread}, usages
+
+
+def validation(
+    stream: Callable[[], Generator[tuple[int, Any], None, None]],
+    *,
+    key,
+    ahead: Sequence[Any] = (),
+):
+    """A function from a model to its means on `stream()`: the same crops and masks every time.
+
+    It heeds signals between batches (raises stopping.Stop). `ahead` as for stopping.interruptible.
+    """
+
+    compiled = stopping.interruptible(jax.jit(evaluate), ahead)
+
+    def validate(model: Hubert) -> dict[str, float]:
+        found: list[Any] = []
+        with contextlib.closing(stream()) as loaded:
+            for n, batch in loaded:
+                jax.block_until_ready(found[-2:-1])  # two at a time, not all that is left
+                stopping.heed()
+                found.append(compiled(model, batch, jax.random.fold_in(key, n)))
+        sums, usages = zip(*jax.device_get(found), strict=True)
+        return train.means(train.sum_metrics(list(sums))) | watch.usage(list(usages))
+
+    return validate
 
 
 def _mask(model: Hubert, batch, key) -> jax.Array:

@@ -11,7 +11,7 @@ import contextlib
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator
 from typing import Any
 
 import jax
@@ -176,7 +176,7 @@ def _pretrain(
     loss = functools.partial(
         pretraining.loss, config=pretraining.LossConfig(**config.loss), num_steps=settings.num_steps
     )
-    validate = validation(
+    validate = pretraining.validation(
         lambda: stream("validation", 0, len(plans["validation"])),
         key=jax.random.fold_in(key, FOR_VALIDATION),
         ahead=shapes((len(batch.weights_B), batch.num_samples) for batch in plans["validation"]),
@@ -279,32 +279,6 @@ def newest(saved: checkpoints.Checkpoints) -> str:
     """The newest checkpoint, in words."""
     step = saved.latest_step
     return "no checkpoint was saved yet" if step is None else str(saved.folder / str(step))
-
-
-def validation(
-    stream: Callable[[], Generator[tuple[int, Any], None, None]],
-    *,
-    key,
-    ahead: Sequence[Any] = (),
-):
-    """A function from a model to its means on `stream()`: the same crops and masks every time.
-
-    It heeds signals between batches (raises stopping.Stop). `ahead` as for stopping.interruptible.
-    """
-
-    evaluate = stopping.interruptible(jax.jit(pretraining.evaluate), ahead)
-
-    def validate(model: Hubert) -> dict[str, float]:
-        found: list[Any] = []
-        with contextlib.closing(stream()) as loaded:
-            for n, batch in loaded:
-                jax.block_until_ready(found[-2:-1])  # two at a time, not all that is left
-                stopping.heed()
-                found.append(evaluate(model, batch, jax.random.fold_in(key, n)))
-        sums, usages = zip(*jax.device_get(found), strict=True)
-        return train.means(train.sum_metrics(list(sums))) | watch.usage(list(usages))
-
-    return validate
 
 
 def open_labels(
