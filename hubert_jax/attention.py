@@ -11,7 +11,15 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from hubert_jax.layers import AMPERE, Linear, bert_normal, dropout, has_kernels, has_triton
+from hubert_jax.layers import (
+    AMPERE,
+    Linear,
+    bert_normal,
+    dropout,
+    has_kernels,
+    has_triton,
+    product,
+)
 from hubert_jax.sharding import constrain, cuda_capability, on_own_heads, ways
 
 QKV_AXES = ("batch", "frames", "frames", "heads", "code_width")
@@ -63,7 +71,8 @@ class Attention(nnx.Module):
             heads_first = (2, 0, 3, 1, 4)
             qkv_CBHTK = qkv_BTCHK.transpose(heads_first)
             qkv_CBHTK = constrain(qkv_CBHTK, *(QKV_AXES[axis] for axis in heads_first))
-            query_BHTK, key_BHTK, value_BHTK = qkv_CBHTK
+            # by jnp.split, whose gradient is put together: that of slices is padded and added
+            query_BHTK, key_BHTK, value_BHTK = (part[0] for part in jnp.split(qkv_CBHTK, 3))
             drop = functools.partial(dropout, rate=self.dropout, key=key)
             attend = by_cudnn if how == "cudnn" else functools.partial(plain, drop=drop)
             mixed, axes = attend(query_BHTK, key_BHTK, value_BHTK, valid_BT), "bhtk"
@@ -74,7 +83,7 @@ class Attention(nnx.Module):
         kernel_DCHK = self.qkv.kernel[...].astype(x_BTD.dtype)
         bias_CHK = self.qkv.bias[...].astype(x_BTD.dtype)
         if not has_kernels(x_BTD.dtype) or ways("heads") > 1:
-            return jnp.einsum("btd,dchk->btchk", x_BTD, kernel_DCHK) + bias_CHK
+            return product(x_BTD, kernel_DCHK) + bias_CHK
         # Of several axes, XLA writes the bias out for every frame before a GPU adds it.
         flat = x_BTD @ kernel_DCHK.reshape(len(kernel_DCHK), -1) + bias_CHK.reshape(-1)
         return flat.reshape(*x_BTD.shape[:-1], *bias_CHK.shape)

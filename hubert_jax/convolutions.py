@@ -146,7 +146,9 @@ def _gradients(stride: int, x_BTC, slope_BTC, kernel, grad_BTD):
     )  # fmt: skip
     grad_kernel = jax.lax.platform_dependent(
         grad_BTD, x_BTC,
-        cuda=functools.partial(of_kernel, _by_product), default=functools.partial(of_kernel, _conv),
+        cpu=functools.partial(_kernel_gradient, taps=len(kernel), stride=stride),
+        cuda=functools.partial(of_kernel, _by_product),
+        default=functools.partial(of_kernel, _conv),
     )  # fmt: skip
     return grad_BTC if slope_BTC is None else grad_BTC * slope_BTC, grad_kernel
 
@@ -197,6 +199,18 @@ def _input_gradient_by_product(grad_BTD, kernel, *, stride: int, num_frames: int
     seen = jnp.concatenate([jnp.pad(grad_BTD, pad) for pad in around], axis=-1)
     grad_BTC = seen @ kernel.reshape(-1, stride * width_in)
     return _to_length(grad_BTC.reshape(len(grad_BTD), -1, width_in), num_frames)
+
+
+def _kernel_gradient(grad_BTD, x_BTC, *, taps: int, stride: int):
+    """`stride` frames of x at a time are one row of a product, for as many taps."""
+    batch, num_frames, width_out = grad_BTD.shape
+    grad_ND = grad_BTD.reshape(-1, width_out)
+    grads = []
+    for first in range(0, taps, stride):
+        rows = _to_length(x_BTC[:, first:], num_frames * stride)
+        seen = rows.reshape(batch * num_frames, -1)[:, : (taps - first) * x_BTC.shape[2]]
+        grads.append(seen.T @ grad_ND)
+    return jnp.concatenate(grads).reshape(taps, -1, width_out)
 
 
 def _to_length(x_BTC, num_frames: int):

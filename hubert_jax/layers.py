@@ -3,7 +3,7 @@
 
 Flax's own differ: its gelu is the tanh form, its norms have eps 1e-6, its kernels start as LeCun's.
 
-B batch, T frames, N rows, D width
+B batch, T frames, N rows, D width, E width of a product
 """
 
 import importlib.util
@@ -43,7 +43,7 @@ class Linear(nnx.Module):
         self.bias = nnx.Param(bias, axes=axes[len(shape_in) :])
 
     def __call__(self, x):
-        return x @ self.kernel[...].astype(x.dtype) + self.bias[...].astype(x.dtype)
+        return product(x, self.kernel[...].astype(x.dtype)) + self.bias[...].astype(x.dtype)
 
     def gelu(self, x):
         """gelu(self(x)), for which GPUs add the bias on the way."""
@@ -60,6 +60,36 @@ class Linear(nnx.Module):
 
 def _shape(size) -> tuple[int, ...]:
     return (size,) if isinstance(size, int) else tuple(size)
+
+
+@jax.custom_vjp
+def product(x, kernel):
+    """Sums over the last axis of x and the first of kernel: (..., D), (D, ...) -> (..., ...).
+
+    On a CPU its gradients are products of matrices. Of more axes, XLA copies x or the gradient
+    transposed, and multiplies at half the rate; docs/LOG.md has the times.
+    """
+    return jnp.tensordot(x, kernel, 1)
+
+
+def _gradients_of_product(saved, grad):
+    x, kernel = saved
+
+    def of_tensors(grad, x, kernel):
+        (grad_x,) = jax.linear_transpose(lambda x: jnp.tensordot(x, kernel, 1), x)(grad)
+        (grad_kernel,) = jax.linear_transpose(lambda k: jnp.tensordot(x, k, 1), kernel)(grad)
+        return grad_x, grad_kernel
+
+    def of_matrices(grad, x, kernel):
+        x_ND, kernel_DE = x.reshape(-1, len(kernel)), kernel.reshape(len(kernel), -1)
+        grad_NE = grad.reshape(len(x_ND), -1)
+        return (grad_NE @ kernel_DE.T).reshape(x.shape), (x_ND.T @ grad_NE).reshape(kernel.shape)
+
+    # Not by the default backend: hubert plan compiles for TPUs on a CPU.
+    return jax.lax.platform_dependent(grad, x, kernel, cpu=of_matrices, default=of_tensors)
+
+
+product.defvjp(lambda x, kernel: (product(x, kernel), (x, kernel)), _gradients_of_product)
 
 
 def bert_normal(key, shape, fan_in):

@@ -3,7 +3,7 @@
 
 Distances are matmuls over a few thousand rows at a time, so that N x C of them never exist at once.
 
-N rows, D width, C codes, G groups (chunks) of rows
+N rows, D width, E one more, C codes, G groups (chunks) of rows
 """
 
 from typing import NamedTuple
@@ -56,8 +56,7 @@ class Sums(NamedTuple):
 def _nearest(features_ND, centers_CD) -> tuple[jax.Array, jax.Array]:
     """Code of every row, and half of its squared distance less half of its own square."""
     num_codes = len(centers_CD)
-    half_squares_C = 0.5 * jnp.sum(centers_CD * centers_CD, axis=1)
-    scores_CN = half_squares_C[:, None] - jnp.matmul(centers_CD, features_ND.T, precision=EXACT)
+    scores_CN = _scores(features_ND, centers_CD)
     least_N = jnp.min(scores_CN, axis=0)
 
     def compare(scores_CN, least_N):  # a fifth of the time of XLA's argmin on a CPU
@@ -69,6 +68,24 @@ def _nearest(features_ND, centers_CD) -> tuple[jax.Array, jax.Array]:
 
     codes_N = jax.lax.platform_dependent(scores_CN, least_N, cpu=compare, default=argmin)
     return codes_N, least_N
+
+
+def _scores(features_ND, centers_CD):
+    """Half of each centre's square less its product with each row: (C, N)."""
+
+    def subtracted(features_ND, centers_CD, half_squares_C1):
+        return half_squares_C1 - jnp.matmul(centers_CD, features_ND.T, precision=EXACT)
+
+    def as_a_column(features_ND, centers_CD, half_squares_C1):
+        # A pass over the scores less, a fifth of the time at 39 x 100; a TPU would pad 769 columns.
+        centers_CE = jnp.concatenate([-centers_CD, half_squares_C1], axis=1)
+        ones_N1 = jnp.ones((len(features_ND), 1), features_ND.dtype)
+        return centers_CE @ jnp.concatenate([features_ND, ones_N1], axis=1).T
+
+    half_squares_C1 = 0.5 * jnp.sum(centers_CD * centers_CD, axis=1, keepdims=True)
+    return jax.lax.platform_dependent(
+        features_ND, centers_CD, half_squares_C1, cpu=as_a_column, default=subtracted
+    )
 
 
 def code_sums(features_ND, num_valid, centers_CD) -> Sums:
