@@ -85,6 +85,8 @@ def _gradients_of_product(saved, grad):
         grad_NE = grad.reshape(len(x_ND), -1)
         return (grad_NE @ kernel_DE.T).reshape(x.shape), (x_ND.T @ grad_NE).reshape(kernel.shape)
 
+    if kernel.ndim > 2 and ways("heads") > 1:  # an axis split over devices is not merged
+        return of_tensors(grad, x, kernel)
     # Not by the default backend: hubert plan compiles for TPUs on a CPU.
     return jax.lax.platform_dependent(grad, x, kernel, cpu=of_matrices, default=of_tensors)
 

@@ -61,6 +61,41 @@ def test_dropout_without_a_key_or_a_rate_gives_its_argument_back():
     assert layers.dropout(x, 0.0, jax.random.key(0)) is x
 
 
+# --- products, whose gradients are written by hand
+
+
+@pytest.mark.parametrize("shape", [(4,), (3, 2), (5, 3, 2)])
+@pytest.mark.parametrize("leading", [(), (7,), (2, 7)])
+def test_gradients_of_a_product_are_those_that_jax_derives(leading, shape):
+    keys = jax.random.split(jax.random.key(0), 3)
+    x = jax.random.normal(keys[0], (*leading, 6))
+    kernel = jax.random.normal(keys[1], (6, *shape))
+    grad = jax.random.normal(keys[2], (*leading, *shape))
+
+    def with_gradients(multiply):
+        y, pull = jax.vjp(multiply, x, kernel)
+        return y, *pull(grad)
+
+    got, want = (with_gradients(f) for f in (layers.product, lambda x, k: jnp.tensordot(x, k, 1)))
+    for a, b in zip(got, want, strict=True):
+        assert a.shape == b.shape
+        np.testing.assert_allclose(a, b, rtol=0, atol=1e-5)
+
+
+def test_what_remat_keeps_of_matmuls_is_kept_of_products():
+    """jax's policy sees the product behind the gradient written by hand."""
+    x, kernel = jnp.ones((2, 7, 6)), jnp.ones((6, 4))
+    policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+
+    def num_products(multiply) -> int:
+        twice = jax.checkpoint(lambda x: jnp.sum(jnp.sin(multiply(x, kernel))), policy=policy)
+        return jax.jit(jax.grad(twice)).trace(x).lower(lowering_platforms=("tpu",)).as_text().count(
+            "dot_general"
+        )  # fmt: skip
+
+    assert num_products(layers.product) == num_products(jnp.matmul) == 2
+
+
 # --- in bfloat16: forms of their own, compared in float32
 
 
