@@ -83,15 +83,19 @@ def test_gradients_of_a_product_are_those_that_jax_derives(leading, shape):
 
 
 def test_what_remat_keeps_of_matmuls_is_kept_of_products():
-    """jax's policy sees the product behind the gradient written by hand."""
-    x, kernel = jnp.ones((2, 7, 6)), jnp.ones((6, 4))
+    """jax's policy sees the product behind the gradient written by hand, in a scan as well."""
+    x, kernels = jnp.ones((2, 7, 6)), jnp.ones((3, 6, 6))
     policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
 
     def num_products(multiply) -> int:
-        twice = jax.checkpoint(lambda x: jnp.sum(jnp.sin(multiply(x, kernel))), policy=policy)
-        return jax.jit(jax.grad(twice)).trace(x).lower(lowering_platforms=("tpu",)).as_text().count(
-            "dot_general"
-        )  # fmt: skip
+        def layer(x, kernel):
+            return jnp.sin(multiply(x, kernel)), None
+
+        def total(x):
+            return jnp.sum(jax.lax.scan(jax.checkpoint(layer, policy=policy), x, kernels)[0])
+
+        traced = jax.jit(jax.grad(total)).trace(x)
+        return traced.lower(lowering_platforms=("tpu",)).as_text().count("dot_general")
 
     assert num_products(layers.product) == num_products(jnp.matmul) == 2
 
