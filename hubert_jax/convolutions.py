@@ -61,7 +61,7 @@ def strided_conv(x_BTC, kernel, stride: int):
 
     On NVIDIA GPUs it is a product, and so are its gradients. On CPU, XLA's gradient for x
     multiplies with the zeros between the strides; here it is one plain convolution for each phase
-    of the stride. docs/LOG.md has the times.
+    of the stride, and the kernel's is a product. docs/LOG.md has the times.
     """
     if kernel.shape[0] != stride or fits_kernels(x_BTC, kernel):
         return _forward(x_BTC, kernel, stride)
@@ -203,14 +203,13 @@ def _input_gradient_by_product(grad_BTD, kernel, *, stride: int, num_frames: int
 
 def _kernel_gradient(grad_BTD, x_BTC, *, taps: int, stride: int):
     """`stride` frames of x at a time are one row of a product, for as many taps."""
-    batch, num_frames, width_out = grad_BTD.shape
-    grad_ND = grad_BTD.reshape(-1, width_out)
+    width_in, width_out = x_BTC.shape[2], grad_BTD.shape[2]
     grads = []
     for first in range(0, taps, stride):
-        rows = _to_length(x_BTC[:, first:], num_frames * stride)
-        seen = rows.reshape(batch * num_frames, -1)[:, : (taps - first) * x_BTC.shape[2]]
-        grads.append(seen.T @ grad_ND)
-    return jnp.concatenate(grads).reshape(taps, -1, width_out)
+        part_BTC = _to_length(x_BTC[:, first:], grad_BTD.shape[1] * stride)
+        rows_NK = part_BTC.reshape(-1, stride * width_in)[:, : (taps - first) * width_in]
+        grads.append(rows_NK.T @ grad_BTD.reshape(-1, width_out))
+    return jnp.concatenate(grads).reshape(taps, width_in, width_out)
 
 
 def _to_length(x_BTC, num_frames: int):

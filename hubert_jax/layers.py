@@ -66,8 +66,8 @@ def _shape(size) -> tuple[int, ...]:
 def product(x, kernel):
     """Sums over the last axis of x and the first of kernel: (..., D), (D, ...) -> (..., ...).
 
-    On a CPU its gradients are products of matrices. Of more axes, XLA copies x or the gradient
-    transposed, and multiplies at half the rate; docs/LOG.md has the times.
+    On a single CPU device its gradients are products of matrices. Of more axes, XLA copies the
+    gradient, transposed, and then packs both factors: docs/LOG.md has the times.
     """
     return jnp.tensordot(x, kernel, 1)
 
@@ -81,11 +81,13 @@ def _gradients_of_product(saved, grad):
         return grad_x, grad_kernel
 
     def of_matrices(grad, x, kernel):
-        x_ND, kernel_DE = x.reshape(-1, len(kernel)), kernel.reshape(len(kernel), -1)
-        grad_NE = grad.reshape(len(x_ND), -1)
+        kernel_DE = kernel.reshape(len(kernel), -1)
+        x_ND, grad_NE = (
+            y.reshape(-1, width) for y, width in zip((x, grad), kernel_DE.shape, strict=True)
+        )
         return (grad_NE @ kernel_DE.T).reshape(x.shape), (x_ND.T @ grad_NE).reshape(kernel.shape)
 
-    if kernel.ndim > 2 and ways("heads") > 1:  # an axis split over devices is not merged
+    if jax.sharding.get_abstract_mesh().size > 1:  # axes split over devices are not merged
         return of_tensors(grad, x, kernel)
     # Not by the default backend: hubert plan compiles for TPUs on a CPU.
     return jax.lax.platform_dependent(grad, x, kernel, cpu=of_matrices, default=of_tensors)
@@ -183,13 +185,13 @@ def _mean_of_channels(x):
     rows there are, but not in a product with a matrix (a vector would not do either).
     """
 
-    def product(x):
+    def by_product(x):
         return (x @ jnp.full((x.shape[-1], 4), 1 / x.shape[-1], x.dtype))[..., :1]
 
     def mean(x):
         return jnp.mean(x, axis=-1, keepdims=True)
 
-    return jax.lax.platform_dependent(x, cpu=product, default=mean)
+    return jax.lax.platform_dependent(x, cpu=by_product, default=mean)
 
 
 def one_by_one(function, *args):

@@ -40,6 +40,13 @@ def test_gradients_of_a_strided_convolution_are_those_that_jax_derives(
         np.testing.assert_allclose(got, want, rtol=0, atol=1e-5)
 
 
+def test_gradients_of_a_convolution_without_frames_are_zeros():
+    x_BTC, kernel = jnp.ones((2, 2, 3)), jnp.ones((3, 3, 4))
+    total = lambda x, kernel: jnp.sum(convolutions.strided_conv(x, kernel, 2))  # noqa: E731
+    for got in jax.grad(total, argnums=(0, 1))(x_BTC, kernel):
+        assert not got.any()
+
+
 # --- group norm: its mean from the samples, its variance in stretches, then in the kernel
 
 
@@ -122,7 +129,7 @@ def test_what_is_compiled_for_another_platform_here_has_no_form_for_cpus(platfor
     assert ("tensor<42x8xf32>" in lowered(multiplied)) == (platform == "cpu")
     assert ("dot_general" in lowered(norm)) == (platform == "cpu")
     assert ("lhs_dilate = [2]" in lowered(gradient)) == (platform == "tpu")
-    for text in (lowered(convolved), lowered(gradient)):
+    for text in (lowered(convolved), lowered(gradient), lowered(of_kernel, kernel)):
         assert ("convolution" in text) == (platform != "cuda")
     assert ("dot_general" in lowered(of_kernel, kernel)) == (platform != "tpu")
 

@@ -65,7 +65,7 @@ def test_dropout_without_a_key_or_a_rate_gives_its_argument_back():
 
 
 @pytest.mark.parametrize("shape", [(4,), (3, 2), (5, 3, 2)])
-@pytest.mark.parametrize("leading", [(), (7,), (2, 7)])
+@pytest.mark.parametrize("leading", [(), (7,), (2, 7), (0, 7)])
 def test_gradients_of_a_product_are_those_that_jax_derives(leading, shape):
     keys = jax.random.split(jax.random.key(0), 3)
     x = jax.random.normal(keys[0], (*leading, 6))
@@ -83,7 +83,7 @@ def test_gradients_of_a_product_are_those_that_jax_derives(leading, shape):
 
 
 def test_what_remat_keeps_of_matmuls_is_kept_of_products():
-    """jax's policy sees the product behind the gradient written by hand, in a scan as well."""
+    """jax's policy sees, in a scan, the product behind the gradient written by hand."""
     x, kernels = jnp.ones((2, 7, 6)), jnp.ones((3, 6, 6))
     policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
 

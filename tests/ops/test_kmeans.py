@@ -223,6 +223,20 @@ def test_assign_gives_the_nearest_centre_and_the_first_of_equals():
     np.testing.assert_array_equal(nearest.assign(features_ND, twice_CD), codes_N)
 
 
+def test_scores_are_those_of_numpy_and_on_cpus_one_product():
+    features_ND = clusters(300)
+    centers_CD = features_ND[::25]
+    lowered = jax.jit(nearest._scores)
+    want_CN = 0.5 * np.sum(centers_CD**2, axis=1)[:, None] - centers_CD @ features_ND.T
+    np.testing.assert_allclose(
+        lowered(features_ND, centers_CD), want_CN, rtol=0, atol=1e-6 * np.abs(want_CN).max()
+    )
+    traced = lowered.trace(features_ND, centers_CD)
+    for platform in ("cpu", "cuda", "tpu"):
+        text = traced.lower(lowering_platforms=(platform,)).as_text()
+        assert ("stablehlo.subtract" in text) == (platform != "cpu")
+
+
 def test_scatter_and_matmul_sum_alike():
     features_ND, codes_N = clusters(300), jnp.arange(300) % 7
     lowered = jax.jit(nearest._sum_by_code, static_argnames="num_codes")
