@@ -82,9 +82,8 @@ def _gradients_of_product(saved, grad):
 
     def of_matrices(grad, x, kernel):
         kernel_DE = kernel.reshape(len(kernel), -1)
-        x_ND, grad_NE = (
-            y.reshape(-1, width) for y, width in zip((x, grad), kernel_DE.shape, strict=True)
-        )
+        x_ND = x.reshape(-1, kernel_DE.shape[0])
+        grad_NE = grad.reshape(-1, kernel_DE.shape[1])
         return (grad_NE @ kernel_DE.T).reshape(x.shape), (x_ND.T @ grad_NE).reshape(kernel.shape)
 
     if jax.sharding.get_abstract_mesh().size > 1:  # axes split over devices are not merged
