@@ -34,7 +34,8 @@ def settings(iteration: str):
 def workdir(request, tmp_path, monkeypatch) -> epath.Path:
     name = f"work-{request.param}"
     with tarfile.open(GOLDENS / f"{name}.tar.xz") as archive:
-        archive.extractall(tmp_path, filter="data")
+        filters = {"filter": "data"} if hasattr(tarfile, "data_filter") else {}  # since 3.11.4
+        archive.extractall(tmp_path, **filters)  # type: ignore[arg-type]
     monkeypatch.chdir(tmp_path)  # its cards know the audio as tones/
     assert cards.read(epath.Path(name) / "corpus" / "card.json")["versions"]["hubert_jax"] in name
     return epath.Path(name)
