@@ -98,14 +98,12 @@ def make_record(name: str, kind: str, size: Size, *, num_samples: int = 16_000) 
             seen["output"] = peer.run(torch.from_numpy(samples_BS), lengths_B)
         arrays |= {f"{run}/{part}": _numpy(x) for part, x in seen.items()}
 
-    if name != "fairseq":  # whose layer norm is float32's
-        arrays |= _gradients_in_float64(peer, wave_BS, labels_BT, mask_BT)
     logits_NK, loss, penalty = _backward(peer, wave_BS, labels_BT, mask_BT)
     arrays |= {"logits_NK": _numpy(logits_NK), "loss": _numpy(loss), "penalty": _numpy(penalty)}
-    arrays = _gradients(peer) | arrays
-    for n, parameter in peer.parameters.items():
-        if parameter.grad is not None:  # its step is made from what is recorded
-            parameter.grad.copy_(torch.from_numpy(arrays[f"gradients/{n}"]))
+    if name != "fairseq":  # whose norms cast to float32
+        _refine_gradients(peer, wave_BS, labels_BT, mask_BT)
+    gradients = {n: p.grad for n, p in peer.parameters.items() if p.grad is not None}
+    arrays |= {f"gradients/{n}": _numpy(x).copy() for n, x in gradients.items()}
     peer.step(list(peer.parameters.values()))
     arrays |= {f"updated/{n}": _numpy(p) for n, p in peer.parameters.items()}
 
@@ -131,23 +129,16 @@ def _backward(peer: Peer, wave_BS, labels_BT, mask_BT) -> tuple[torch.Tensor, ..
     return logits_NK, loss, penalty
 
 
-def _gradients(peer: Peer) -> dict[str, np.ndarray]:
-    found = {n: p.grad for n, p in peer.parameters.items() if p.grad is not None}
-    return {f"gradients/{n}": _numpy(x).astype(np.float32) for n, x in found.items()}
-
-
-def _gradients_in_float64(peer: Peer, wave_BS, labels_BT, mask_BT) -> dict[str, np.ndarray]:
-    """Of the last layer's queries they are 1e-7 and in float32 off by some per cent: by its own
-    rounding a peer would be as far from ours as the tolerance allows.
-    """
-    short = {n: p.data for n, p in peer.parameters.items()}
-    for parameter in peer.parameters.values():
-        parameter.data = parameter.data.double()
+def _refine_gradients(peer: Peer, wave_BS, labels_BT, mask_BT) -> None:
+    """The gradients by float64: some are so small that a peer's own rounding uses the tolerance."""
+    parameters = peer.parameters.values()
+    rounded = [p.data for p in parameters]
+    for p in parameters:
+        p.grad, p.data = None, p.data.double()
     _backward(peer, wave_BS.astype(np.float64), labels_BT, mask_BT)
-    found = _gradients(peer)
-    for n, parameter in peer.parameters.items():
-        parameter.grad, parameter.data = None, short[n]
-    return found
+    for p, data in zip(parameters, rounded, strict=True):
+        grad, p.grad, p.data = p.grad, None, data
+        p.grad = None if grad is None else grad.float()
 
 
 def _spread(parameters: dict[str, nn.Parameter], width: int) -> None:
