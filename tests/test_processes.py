@@ -72,7 +72,7 @@ processes.join(processes.Told(sys.argv[1], 2, int(sys.argv[2])), heartbeat_timeo
 processes.wait("start")
 print("started", flush=True)
 if sys.argv[2] == "1":
-    time.sleep(600)
+    time.sleep(120)
 processes.wait("for the one that dies")
 """
 
@@ -91,7 +91,7 @@ def test_the_others_do_not_wait_for_a_process_that_died(number):
     )  # fmt: skip
     try:
         assert second.stdout is not None
-        while not second.stdout.readline().endswith("started\n"):  # gloo talks, even before it
+        while "started" not in second.stdout.readline():  # gloo's words stand around it, at times
             assert second.poll() is None
         started = time.monotonic()
         second.send_signal(number)

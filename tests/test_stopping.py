@@ -265,7 +265,7 @@ def test_several_processes_stop_together(where):
     try:
         for run in runs:
             assert run.stdout is not None
-            while not run.stdout.readline().endswith(f"{where}\n"):  # gloo talks, even before it
+            while where not in run.stdout.readline():  # gloo's words stand around it, at times
                 assert run.poll() is None, run.communicate()
         began = time.monotonic()
         runs[1].send_signal(signal.SIGTERM)
