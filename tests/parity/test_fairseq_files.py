@@ -41,6 +41,9 @@ class Mode(enum.Enum):
     default = "default"
     layer_norm = "layer_norm"
 
+    def __reduce_ex__(self, protocol):  # Pythons 3.11.0 to 3.11.3, which fairseq never ran on,
+        return type(self), (self.value,)  # would pickle it by its name
+
 
 @pytest.fixture
 def save(monkeypatch):
