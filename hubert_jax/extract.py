@@ -4,7 +4,8 @@
     utterances -> batches of a few padded lengths, decoded by threads while the devices work
                -> MFCC-39, or layer L of a checkpoint -> what the stage makes of them -> host
 
-Every padded length is compiled once. Features do not depend on the batch that an utterance is in.
+Every padded length is compiled once; all at once, except on a CPU. Features do not depend on the
+batch that an utterance is in.
 
 B batch, S samples, T frames, D width, N utterances of a corpus
 """
@@ -14,7 +15,7 @@ import dataclasses
 import functools
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -22,7 +23,7 @@ import jax
 import numpy as np
 from etils import epath
 
-from hubert_jax import logs, processes, sharding, weights
+from hubert_jax import logs, processes, sharding, stopping, weights
 from hubert_jax.data import arrays, batches, cards, padding
 from hubert_jax.data.corpus import Corpus, Split
 from hubert_jax.ops import frames, mfcc
@@ -73,7 +74,7 @@ class Source(NamedTuple):
     hop: int  # samples from frame to frame
     width: int
     normalize: bool  # whole utterances to zero mean and unit variance first
-    compute: Callable[[jax.Array, jax.Array], jax.Array]  # (audio_BS, num_samples_B) -> (B, T, D)
+    compute: functools.partial[jax.Array]  # of a jitted one; (audio_BS, num_samples_B) -> (B, T, D)
 
     @property
     def rate(self) -> int:
@@ -87,7 +88,9 @@ class Source(NamedTuple):
 def load_source(config: FeaturesConfig, workdir: epath.Path, mesh: jax.sharding.Mesh) -> Source:
     """The source that a config names; the weights of a checkpoint are copied to every device."""
     if config.kind == "mfcc":
-        return Source({"kind": "mfcc"}, frames.MFCC_HOP, mfcc.WIDTH, False, _mfcc)
+        return Source(
+            {"kind": "mfcc"}, frames.MFCC_HOP, mfcc.WIDTH, False, functools.partial(_mfcc)
+        )
     from hubert_jax import checkpoints  # orbax: a second that MFCC need not wait for
 
     path = workdir / config.checkpoint / "checkpoints"
@@ -154,6 +157,7 @@ class Extractor:
         self.batch_samples = round(batch_seconds * frames.SAMPLE_RATE)
         self._rungs = padding.padded_lengths(num_samples_N) if rungs_R is None else rungs_R
         self._max_rows = len(num_samples_N)
+        self._compiled: set[tuple[int, int]] = set()  # rows and samples
 
     @property
     def share_of_padding(self) -> float:
@@ -171,8 +175,12 @@ class Extractor:
         `finish` runs on the devices on whole batches, (B, T, D) -> (B, T) or (B, T, any), and
         treats frames alone. Utterances without a frame come as arrays of no rows.
         """
+        lengths = np.asarray(split.num_samples)[positions]
+        planned = padding.plan(lengths, self._rungs, self._rows)
+        if stopping.compiles_at_once():
+            self._compile(planned)
         computed: tuple[np.ndarray, jax.Array] | None = None
-        for utterances, audio_BS, num_samples_B in self._load_ahead(split, positions):
+        for utterances, audio_BS, num_samples_B in self._load_ahead(split, positions, planned):
             result = finish(self._compute(audio_BS, num_samples_B))
             result.copy_to_host_async()
             if computed is not None:  # one batch late: the devices are at work on the next one
@@ -182,14 +190,13 @@ class Extractor:
             yield from self._rows_of(split, *computed)
 
     def _load_ahead(
-        self, split: batches.Split, positions: np.ndarray
+        self, split: batches.Split, positions: np.ndarray, planned: Sequence[padding.Batch]
     ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
         """Yields (positions, audio_BS, num_samples_B) of every batch, decoded by threads."""
-        num_samples = np.asarray(split.num_samples)[positions]
         ahead: deque[tuple[np.ndarray, Future]] = deque()
         with ThreadPoolExecutor(READ_AHEAD) as threads:
             try:
-                for batch in padding.plan(num_samples, self._rungs, self._rows):
+                for batch in planned:
                     utterances = positions[batch.members]
                     ahead.append((utterances, threads.submit(self._load, split, utterances, batch)))
                     if len(ahead) > READ_AHEAD:
@@ -201,6 +208,22 @@ class Extractor:
             finally:
                 for _, load in ahead:
                     load.cancel()
+
+    def _compile(self, planned: Sequence[padding.Batch]) -> None:
+        """Makes the programs that these batches need, where there are several to make."""
+        new = {(batch.num_rows, batch.num_samples) for batch in planned} - self._compiled
+        compute, rows = self.source.compute, sharding.batch_sharding(self.mesh)
+        jitted: Any = compute.func
+
+        def compile_for(shape: tuple[int, int]) -> None:
+            audio_BS = jax.ShapeDtypeStruct(shape, np.float32, sharding=rows)
+            num_samples_B = jax.ShapeDtypeStruct(shape[:1], np.int32, sharding=rows)
+            jitted.lower(*compute.args, audio_BS, num_samples_B, **compute.keywords).compile()
+
+        if len(new) > 1:
+            with jax.set_mesh(self.mesh):
+                stopping.at_once([functools.partial(compile_for, shape) for shape in sorted(new)])
+        self._compiled |= new
 
     def _rows(self, rung: int) -> int:
         """Rows of a batch of this length: what fits, equally many for each device."""

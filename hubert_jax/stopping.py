@@ -98,7 +98,7 @@ def interruptible(function, ahead: Sequence[Any] = ()) -> Callable[[Any, Any, An
                 function.lower(state, batch, key).compile()
 
             new = {_shapes(x): x for x in (*ahead, batch) if _shapes(x) not in seen}
-            _heeding([functools.partial(compile_for, x) for x in new.values()])
+            at_once([functools.partial(compile_for, x) for x in new.values()])
             seen.update(new)
         return function(state, batch, key)  # jax has the program now
 
@@ -109,8 +109,20 @@ def _shapes(batch) -> tuple:
     return tuple((x.shape, x.dtype) for x in jax.tree.leaves(batch))
 
 
-def _heeding(works: Sequence[Callable[[], Any]]) -> None:
-    """Returns once every process has done its works; what the first to fail raises is raised."""
+def compiles_at_once() -> bool:
+    """Whether programs for several lengths are compiled when the first is needed.
+
+    On a CPU, whose cores are few, each by itself.
+    """
+    return jax.default_backend() != "cpu"
+
+
+def at_once(works: Sequence[Callable[[], Any]]) -> None:
+    """Does `works` in threads, as many as there are cores; what the first to fail raises is raised.
+
+    Where somebody is listening all processes call it, each with works of its own; it heeds, and
+    returns once every process has done its works.
+    """
     mesh = jax.sharding.get_mesh()  # a thread has none; without it, results are placed otherwise
 
     def on_mesh(work: Callable[[], Any]) -> None:
@@ -127,7 +139,8 @@ def _heeding(works: Sequence[Callable[[], Any]]) -> None:
             ended, rest = concurrent.futures.wait(done, timeout=seconds, return_when=failed)
             is_over = not rest or any(work.exception() for work in ended)
             heed()
-            if processes.agree([is_over]) and is_over:
+            agreed = _received is None or processes.agree([is_over])
+            if agreed and is_over:
                 break
     finally:
         pool.shutdown(wait=False, cancel_futures=True)

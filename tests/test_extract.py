@@ -8,8 +8,9 @@ import jax
 import numpy as np
 import pytest
 
-from hubert_jax import config_files, extract, model
+from hubert_jax import config_files, extract, model, stopping
 from hubert_jax.ops import frames, mfcc
+from tests.test_padding import compilations
 
 LENGTHS = np.array([9_000, 399, 4_000, 9_000, 1_300, 400, 7_321, 2_000, 6_400, 5_555])
 
@@ -86,6 +87,33 @@ def test_a_layer_of_every_utterance_as_if_alone(mesh):
     assert found[1].shape == (0, 8) and found[4].shape == (3, 8)
     other, _ = streamed(source._replace(normalize=False), mesh, batch_seconds=5.0)
     assert np.abs(found[0] - other[0]).max() > 1e-6  # base's norm undoes most of a gain, not all
+
+
+def test_the_programs_of_all_lengths_are_made_before_the_first_batch(mesh, monkeypatch):
+    """Once each, and they are those that run: with the sharding and the types of a batch."""
+    waves, rungs_R = Waves(np.tile(LENGTHS, 4)), np.array([2_000, 6_400, 9_000])
+    found: list[dict[int, np.ndarray]] = []
+    for at_once in (False, True):
+        monkeypatch.setattr(stopping, "compiles_at_once", lambda at_once=at_once: at_once)
+        source = extract.layer_source(encoder(), {"step": 1}, layer=1, mesh=mesh)
+        extractor = extract.Extractor(
+            source, waves.num_samples, batch_seconds=0.1, mesh=mesh, rungs_R=rungs_R
+        )
+        jax.clear_caches()
+        made: list[int] = []  # programs, when a batch is computed
+        with compilations() as compiled:
+
+            def note(features_BTD, compiled=compiled, made=made):
+                made.append(compiled.count("jit(_layer)"))
+                return features_BTD
+
+            for _ in range(2):
+                found.append(dict(extractor.stream(waves, np.arange(len(waves.ids)), note)))
+        assert set(made[: len(made) // 2]) == ({3} if at_once else {1, 2, 3}), made
+        assert set(made[len(made) // 2 :]) == {3}
+    for position, features_TD in found[0].items():
+        for other in found[1:]:
+            np.testing.assert_array_equal(features_TD, other[position])
 
 
 def test_only_what_was_asked_for_and_finished_on_the_device(mfcc_source, mesh):

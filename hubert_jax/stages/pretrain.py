@@ -164,7 +164,7 @@ def _pretrain(
 
     def shapes(sizes: Iterable[tuple[int, int]]) -> list[dict[str, jax.ShapeDtypeStruct]]:
         """Of batches of (rows, samples), where all are compiled at once."""
-        if not _compiles_at_once():
+        if not stopping.compiles_at_once():
             return []
         return [
             pretraining.batch_shapes(
@@ -186,7 +186,7 @@ def _pretrain(
     if not (saved.folder / "card.json").exists() and processes.is_first():
         cards.write(saved.folder / "card.json", card)
     _describe(state, plans["train"], corpus, settings, num_codes, first_step)
-    if _compiles_at_once() and first_step < settings.num_steps:
+    if stopping.compiles_at_once() and first_step < settings.num_steps:
         logs.info(f"lengths of rows to compile for, all at once: {len(plans['train'].rungs)}")
 
     title = f"pretrain {config.iteration}"
@@ -244,14 +244,6 @@ def _pretrain(
             validate_first=validate_first,
         )
         saved.wait()
-
-
-def _compiles_at_once() -> bool:
-    """Whether the programs for all lengths of rows are compiled when the first is needed.
-
-    On a CPU, whose cores are few, each by itself.
-    """
-    return jax.default_backend() != "cpu"
 
 
 def _lacks_validation(settings: TrainConfig, step: int, folder: epath.Path) -> bool:

@@ -11,7 +11,7 @@ import pytest
 import soundfile
 from etils import epath
 
-from hubert_jax import checkpoints, cli, logs, pretraining, train, watch
+from hubert_jax import checkpoints, cli, logs, pretraining, stopping, train, watch
 from hubert_jax.data import batches
 from hubert_jax.data.corpus import Corpus, Split
 from hubert_jax.stages import pretrain
@@ -134,7 +134,7 @@ def test_programs_for_all_lengths_that_are_compiled_at_once_are_those_that_run(
     monkeypatch.setattr(train, "make_step", lambda *args, **rest: Noted(make_step(*args, **rest)))
     losses = []
     for at_once in (False, True):
-        monkeypatch.setattr(pretrain, "_compiles_at_once", lambda at_once=at_once: at_once)
+        monkeypatch.setattr(stopping, "compiles_at_once", lambda at_once=at_once: at_once)
         workdir = epath.Path(tmp_path / f"work{at_once}")
         shutil.copytree(project / "work", workdir)
         done.clear()
