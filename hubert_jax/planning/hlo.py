@@ -32,8 +32,9 @@ CALLED = re.compile(
 )
 TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
 CONSTANT = re.compile(r"^[su]\d+\[\]\S* constant\((\d+)\)")
-OPERANDS = re.compile(r"%([\w.\-]+)")
-ELEMENT = re.compile(r" get-tuple-element\(%[\w.\-]+\), index=(\d+)")
+OPERANDS = re.compile(r"%([\w.\-]+(?:#\d+)?)")
+# Of a tuple: an instruction, or, as libtpu 0.0.50 writes it, the end of an operand: %tuple#0.
+ELEMENT = re.compile(r" get-tuple-element\(%[\w.\-]+\), index=(\d+)|#(\d+)$")
 CHANNEL = re.compile(r"channel_id=(\d+)")
 IOTA_GROUPS = re.compile(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?")
 MESH_GROUPS = re.compile(
@@ -141,14 +142,15 @@ def _turns(line: str, bodies: dict[str, Instructions]) -> int:
         for part in ("condition", "body")
     )
     compared = [value for value in condition.values() if _opcode(value)[0] == "compare"]
-    operands = [condition[name] for each in compared for name in _operands(each)]
-    place = ELEMENT.search(operands[0]) if len(operands) == 2 else None
-    limited = CONSTANT.search(operands[1]) if place else None
-    if not place or not limited or "direction=LT" not in compared[0]:
+    operands = [condition.get(name, name) for each in compared for name in _operands(each)]
+    element = ELEMENT.search(operands[0]) if len(operands) == 2 else None
+    limited = CONSTANT.search(operands[1]) if element else None
+    if not element or not limited or "direction=LT" not in compared[0]:
         raise ValueError(f"a loop without a known number of turns: {line[:200]}")
+    place = int(element[1] or element[2])
     # XLA unrolls rings of permutes: such a loop counts two at each turn.
     *_, results = (value for value in body.values() if _opcode(value)[0] == "tuple")
-    added = [body[name] for name in _operands(body[_operands(results)[int(place[1])]])]
+    added = [body.get(name, name) for name in _operands(body[_operands(results)[place]])]
     steps = [int(found[1]) for found in map(CONSTANT.search, added) if found]
     if len(steps) != 1:
         raise ValueError(f"a loop whose counter's step is not known: {line[:200]}")

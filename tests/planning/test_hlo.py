@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Collectives read from a program's text, on programs whose collectives are known."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -92,9 +94,13 @@ ENTRY %main (x: (bf16[8], u32[])) -> (bf16[8], u32[]) {{
 """
 
 
+@pytest.mark.parametrize("is_short", [False, True])
 @pytest.mark.parametrize(("limit", "step", "turns"), [(8, 1, 8), (8, 2, 4), (7, 2, 4)])
-def test_a_loop_that_xla_does_not_count_is_counted_by_its_steps(limit, step, turns):
+def test_a_loop_that_xla_does_not_count_is_counted_by_its_steps(limit, step, turns, is_short):
     text = RING.format(limit=limit, step=step, direction="LT")
+    if is_short:  # as libtpu 0.0.50 writes it, of jax 0.12
+        text = re.sub(r"  %(part|count) = .*\n", "", text)
+        text = text.replace("%part", "%p#0").replace("%count", "%p#1")
     (one,) = hlo.collectives(text, {"data": 2})
     assert (one.kind, one.times, one.sent_bytes) == ("collective-permute", turns, 16)
 
