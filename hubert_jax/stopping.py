@@ -3,7 +3,8 @@
 
 While somebody is `listening`, a signal ends nothing: it is noted, and the next `heed` raises Stop.
 Training heeds after each step, between the batches of a validation and, by `interruptible`, while
-XLA compiles, which Python's signals cannot interrupt. The second signal acts at once.
+XLA compiles, which Python's signals cannot interrupt. The second signal acts at once. Extraction,
+which nobody listens to, compiles by `at_once` as well: there signals act as Python has them.
 
 Several processes stop at the same call of `heed`, whichever was signalled: all make the same calls
 in the same order, and jax's own handler of SIGTERM, there since `processes.join`, sees to the rest.

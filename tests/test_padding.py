@@ -269,7 +269,10 @@ def test_a_corpus_compiles_each_rung_once_and_says_what_padding_costs(monkeypatc
         return source.compute(audio_BS, num_samples_B)
 
     extractor = extract.Extractor(
-        source._replace(compute=compute), LENGTHS_N, batch_seconds=40.0, mesh=mesh
+        source._replace(compute=functools.partial(compute)),
+        LENGTHS_N,
+        batch_seconds=40.0,
+        mesh=mesh,
     )
     positions = np.arange(NUM_UTTERANCES)
     with compilations() as first:

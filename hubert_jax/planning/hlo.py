@@ -150,7 +150,8 @@ def _turns(line: str, bodies: dict[str, Instructions]) -> int:
     place = int(element[1] or element[2])
     # XLA unrolls rings of permutes: such a loop counts two at each turn.
     *_, results = (value for value in body.values() if _opcode(value)[0] == "tuple")
-    added = [body.get(name, name) for name in _operands(body[_operands(results)[place]])]
+    counted = _operands(results)[place]
+    added = [body.get(name, name) for name in _operands(body.get(counted, counted))]
     steps = [int(found[1]) for found in map(CONSTANT.search, added) if found]
     if len(steps) != 1:
         raise ValueError(f"a loop whose counter's step is not known: {line[:200]}")

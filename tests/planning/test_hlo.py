@@ -105,6 +105,12 @@ def test_a_loop_that_xla_does_not_count_is_counted_by_its_steps(limit, step, tur
     assert (one.kind, one.times, one.sent_bytes) == ("collective-permute", turns, 16)
 
 
+def test_a_loop_whose_counter_another_computation_makes_is_an_error():
+    text = RING.format(limit=8, step=1, direction="LT").replace("=1*/%next", "=1*/%fusion#1")
+    with pytest.raises(ValueError, match="counter's step is not known"):
+        hlo.collectives(text, {"data": 2})
+
+
 def test_a_loop_that_does_not_count_up_is_an_error():
     with pytest.raises(ValueError, match="without a known number of turns"):
         hlo.collectives(RING.format(limit=8, step=1, direction="GT"), {"data": 2})
